@@ -1,0 +1,56 @@
+"""fxprune: a graph-transformation compiler for structured pruning of PyTorch models.
+
+>>> import fxprune
+>>> pruned = fxprune.compile(model, method="l1", budget=0.5)  # doctest: +SKIP
+"""
+
+from fxprune._version import __version__
+from fxprune.api import analyze, apply, compile, load, mask, save
+from fxprune.budget import Budget
+from fxprune.errors import (
+    CheckpointError,
+    DistributedMismatchError,
+    FxPruneError,
+    OptionError,
+    OptionTypeError,
+    PlanError,
+    TraceError,
+    UnsupportedOpError,
+    VerifyError,
+)
+from fxprune.export import export
+from fxprune.fit import Recipe
+from fxprune.flow import rule as register_rule
+from fxprune.groups import Analysis
+from fxprune.passes import methods
+from fxprune.plan import Plan
+from fxprune.pruned import PrunedModule
+from fxprune.recalibrate import recalibrate
+
+__all__ = [
+    "Analysis",
+    "Budget",
+    "CheckpointError",
+    "DistributedMismatchError",
+    "FxPruneError",
+    "OptionError",
+    "OptionTypeError",
+    "Plan",
+    "PlanError",
+    "PrunedModule",
+    "Recipe",
+    "TraceError",
+    "UnsupportedOpError",
+    "VerifyError",
+    "__version__",
+    "analyze",
+    "apply",
+    "compile",
+    "export",
+    "load",
+    "mask",
+    "methods",
+    "recalibrate",
+    "register_rule",
+    "save",
+]

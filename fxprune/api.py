@@ -1,0 +1,271 @@
+"""The public verbs: analyze, compile, apply, mask, save, load. The whole story in one screen each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune import fit as training
+from fxprune import pipeline, storage
+from fxprune.budget import Budget
+from fxprune.config import Method, check_share, resolve
+from fxprune.cost import Cost
+from fxprune.errors import OptionError, OptionTypeError, PlanError, UnsupportedOpError
+from fxprune.groups import Analysis, analyze_model, state_of
+from fxprune.inputs import find_inputs, unwrap
+from fxprune.mask import mask as mask
+from fxprune.plan import Plan
+from fxprune.pruned import PrunedModule
+from fxprune.recalibrate import recalibrate
+from fxprune.selection import Ignore, check_align, mask_of, select, write_plan
+from fxprune.trace import trace
+
+Inputs = Tensor | tuple[Any, ...] | None
+
+
+def analyze(model: nn.Module, example_inputs: Inputs = None) -> Analysis:
+    """Which channels of `model` live or die together, which are frozen, and why.
+
+    example_inputs: a tensor or tuple, found as in `compile` when omitted. Prints as a table; see
+    `Analysis.groups`, `.frozen`, `.plan(...)`, `.to_networkx()`. Raises TraceError.
+    """
+    model, _ = unwrap(model)
+    inputs, _ = find_inputs(model, example_inputs, None)
+    return _analyze(model, inputs)
+
+
+def _analyze(model: nn.Module, inputs: tuple[Any, ...]) -> Analysis:
+    lineage = model.origin.lineage if isinstance(model, PrunedModule) else None
+    return analyze_model(model, inputs, lineage)
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Inputs = None,
+    *,
+    method: str | object = "l1",
+    budget: float | Budget | None = None,
+    scope: str | Sequence[str] = "all",
+    ignore: Ignore = (),
+    align: int = 1,
+    data: Iterable[Any] | None = None,
+    fit: object | None = None,
+    evaluate: Callable[[nn.Module], float] | Iterable[Any] | None = None,
+    repair: str | None = None,
+    fold: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    verify: bool = True,
+) -> PrunedModule:
+    """Prune `model` and return the smaller network; the argument is never modified.
+
+    example_inputs: tensor or tuple; omitted, the first batch of `data`, the model's
+        `example_input_array`, timm's input size, or (1, C, 224, 224) are tried.
+    method: a name ("l1"), a config (`fxprune.methods.L1(ratio=0.3)`), or `(group, weights) -> scores`.
+    budget: what may remain, as a fraction of the MACs, or a `Budget`. None: the config's own ratio,
+        else 0.5 of the MACs.
+    scope: "all", "free" (no channels that an addition couples), or patterns of names.
+    ignore: fnmatch patterns of module or parameter names, or `filter_fn(module, name) -> bool`
+        (True: may be pruned); freezes output channels.
+    align: kept counts are multiples of it (or whole widths).
+    data: batches (input, target) for `repair` and example inputs. evaluate: `(model) -> float`, or a
+        loader for top-1 accuracy; the score before and after stands in the report.
+    fit: for methods that train. repair: "bn" recalibrates batch norms on `data`.
+    fold: fold batch norms into convolutions at the end (inference form).
+    seed: for methods that draw. progress: name the step at work on a terminal.
+    verify: compare with the masked original on the example input (float64, 1e-9); a mismatch raises.
+
+    Raises OptionError, TraceError, PlanError, VerifyError, all `FxPruneError`s.
+    """
+    chosen, limit = _check_options(method, budget, align, scope, ignore, seed, fit, repair, data)
+    model, notes = unwrap(model)
+    steps = pipeline.Progress(progress)
+    inputs, data = find_inputs(model, example_inputs, data)
+    with steps.step("analyse"):
+        analysis = _analyze(model, inputs)
+    with steps.step("select"):
+        plan, keep = select(
+            analysis, chosen, limit, scope=scope, ignore=ignore, align=align, seed=seed
+        )
+    pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
+    if fold:
+        pruned = pipeline.fold(pruned, steps)
+    pruned = pipeline.sealed(pruned)
+    if evaluate is not None:
+        pruned.report.stages["before"] = _score(model, evaluate)
+        pruned.report.stages["after the cut"] = _score(pruned, evaluate)
+    if repair == "bn":
+        assert data is not None
+        with steps.step("repair"):
+            pruned = recalibrate(pruned, data)
+        if evaluate is not None:
+            pruned.report.stages["recalibrated"] = _score(pruned, evaluate)
+    return pruned
+
+
+def _check_options(
+    method: object,
+    budget: float | Budget | None,
+    align: object,
+    scope: object,
+    ignore: object,
+    seed: object,
+    fit: object,
+    repair: object,
+    data: object,
+) -> tuple[Method, Budget | None]:
+    """Everything that can be said of the arguments before the model is touched."""
+    chosen = resolve(method)
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget(macs=check_share("budget", budget, least_ok=False, most_ok=True))
+    if budget is not None and chosen.ratio is not None:
+        raise OptionError(
+            f"both a budget and a ratio ({chosen.ratio}) were given",
+            where="budget, method",
+            why="each of them decides alone how much goes",
+            fix="drop one: budget=0.5, or method=fxprune.methods.L1(ratio=0.5)",
+        )
+    check_align(align)
+    if not isinstance(scope, str | list | tuple) or not all(isinstance(s, str) for s in scope):
+        raise OptionTypeError(
+            f"scope is {scope!r}",
+            where="scope",
+            why='it must be "all", "free", or patterns of names',
+        )
+    if not callable(ignore) and not isinstance(ignore, str | list | tuple | set | frozenset):
+        raise OptionTypeError(
+            f"ignore is {ignore!r}",
+            where="ignore",
+            why="it must be patterns of names, or filter_fn(module, name) -> bool",
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise OptionTypeError(f"seed is {seed!r}", where="seed", why="it must be a whole number")
+    if fit is not None:
+        raise OptionError(
+            f"fit was given, but {chosen.name!r} is a one-shot method",
+            where="fit",
+            why="it decides without training",
+            fix="drop fit, and fine-tune the result: it is an ordinary module",
+        )
+    if repair not in (None, "bn"):
+        raise OptionError(f"repair is {repair!r}", where="repair", why='it must be None or "bn"')
+    if repair == "bn" and data is None:
+        raise OptionError(
+            'repair="bn" needs data',
+            where="data",
+            fix="pass data=loader with (input, target) batches",
+        )
+    return chosen, budget
+
+
+def _score(model: nn.Module, evaluate: Callable[[nn.Module], float] | Iterable[Any]) -> float:
+    if callable(evaluate):
+        return float(evaluate(model))
+    return training.accuracy(model, evaluate)
+
+
+def apply(model: nn.Module, plan: Plan, example_inputs: Inputs = None) -> PrunedModule:
+    """Replay a plan on the architecture it was made for; `model` is not modified.
+
+    A plan whose weights are "changed" gives the structure with sliced weights, and says so.
+    Raises PlanError when tensors or couplings do not fit the plan.
+    """
+    model, notes = unwrap(model)
+    if not isinstance(plan, Plan):
+        raise OptionTypeError(
+            f"plan is a {type(plan).__name__}", where="plan", fix="Plan.from_json(text) reads one"
+        )
+    inputs, _ = find_inputs(model, example_inputs, None)
+    return _apply(model, plan, inputs, notes)
+
+
+def _apply(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], notes: list[str]) -> PrunedModule:
+    if plan.groupings or any(f.compactor for f in plan.folds):
+        raise UnsupportedOpError(
+            "the plan groups convolutions or merges compactors",
+            where="groupings" if plan.groupings else "folds",
+            why=f"fxprune {plan.fxprune_version} made it; this version only slices and folds",
+            fix="use the version that made the plan",
+        )
+    _check_tensors(model, plan)
+    steps = pipeline.Progress(False)
+    with steps.step("analyse"):
+        analysis = _analyze(model, inputs)
+    keep = mask_of(analysis, plan)
+    if analysis.fingerprint != dict(plan.fingerprint):
+        notes = [
+            *notes,
+            "the graph differs from the plan's; every slice was checked to be complete",
+        ]
+    if plan.weights == "changed":
+        notes = [
+            *notes,
+            "the plan's weights were changed after the cut; these are sliced, not loaded",
+        ]
+    fresh = write_plan(analysis, keep, Cost.of(analysis), method=plan.method)
+    pruned = pipeline.cut(
+        analysis, replace(plan, metrics=fresh.metrics), keep, steps, check=False, notes=notes
+    )
+    if plan.folds:
+        pruned = pipeline.fold(pruned, steps, plan.folds)
+    return pipeline.sealed(pruned)
+
+
+def _check_tensors(model: nn.Module, plan: Plan) -> None:
+    """The tensors of the model must be those of the plan's original."""
+    from fxprune.groups import tensors_fingerprint
+
+    if tensors_fingerprint(model) == plan.fingerprint["tensors"]:
+        return
+    state = state_of(model)
+    differing = []
+    for s in plan.slices:
+        t = state.get(s.tensor)
+        if t is None:
+            differing.append(f"{s.tensor} (missing)")
+        elif (
+            s.dim >= t.dim() or s.size % t.shape[s.dim] or (s.size > t.shape[s.dim] and s.dim != 1)
+        ):
+            differing.append(f"{s.tensor} (shape {tuple(t.shape)}, the plan cuts {s.size})")
+    raise PlanError(
+        f"the plan belongs to another architecture than this {type(model).__name__}",
+        where=", ".join(differing[:5]) or "tensors that the plan does not cut",
+        why="names and shapes of the tensors differ from the original's (fingerprint)",
+        fix="pass the model that the plan was made for, before any pruning",
+    )
+
+
+def save(pruned: PrunedModule, path: str | Path) -> None:
+    """Write weights, plan and checksum to one safetensors file; see `fxprune.storage.save`."""
+    storage.save(pruned, path)
+
+
+def load(path: str | Path, model: nn.Module, example_inputs: Inputs = None) -> PrunedModule:
+    """Read a file written by `save`; `model` is the original architecture, its weights irrelevant.
+
+    The tensors and their dtype come from the file; device, memory format and `requires_grad` from
+    `model`. Raises CheckpointError for damaged or foreign files, PlanError for another architecture.
+    """
+    model, notes = unwrap(model)
+    plan, _, specs, tensors = storage.read(path)
+    if example_inputs is not None:
+        inputs, _ = find_inputs(model, example_inputs, None)
+    else:
+        inputs = tuple(spec.example() for spec in specs)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    pruned = _apply(model, replace(plan, weights="cut"), inputs, notes)
+    storage.fill(pruned, tensors, path)
+    pruned.plan = plan
+    pruned.report.metrics = dict(plan.metrics)
+    return pipeline.sealed(pruned)
+
+
+def trace_only(model: nn.Module, example_inputs: tuple[Any, ...]) -> Any:
+    """The traced graph; for the curious and for tests."""
+    return trace(model, example_inputs)

@@ -1,0 +1,180 @@
+"""Multiply-adds and parameters of a network, whole and after any cut, in closed form.
+
+`macs` counts convolutions and every matrix product, per sample, as half of what
+`torch.utils.flop_counter` reports; bias, normalisation and activations cost nothing. The price of a
+cut is a sum of products of kept counts, so a budget search never runs the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune.graph import get_path, op_name, value_of
+from fxprune.groups import Analysis, Array
+from fxprune.trace import Traced, batch_size, to_meta
+
+_PRODUCTS = [
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "addbmm",
+    "einsum",
+    "linear",
+    "bilinear",
+    "tensordot",
+    "dot",
+    "mv",
+    "inner",
+    "outer",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+]
+
+
+@dataclass
+class Cost:
+    """Closed-form costs of an analysed network as functions of a keep mask, bool [classes]."""
+
+    rows_per_class: Any  # csr [slots, classes]: how many rows of a slot belong to a class
+    mac_factors: Array
+    mac_dims: Array  # int [terms, 2]: slot indices; the last slot always counts 1
+    param_factors: Array
+    param_dims: Array
+    fixed_macs: int
+
+    @classmethod
+    def of(cls, analysis: Analysis) -> Cost:
+        """Collect the terms of an analysed graph."""
+        slots = analysis.slots
+        index = {(s.tensor, s.dim): i for i, s in enumerate(slots)}
+        one = len(slots)
+        classes = [analysis.classes(s.ids) for s in slots]
+        rows = np.repeat(np.arange(one), [len(c) for c in classes])
+        cols = np.concatenate([*classes, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+        rows, cols = np.append(rows, one), np.append(cols, analysis.class_of[0])
+        incidence = csr_matrix(
+            (np.ones(len(rows)), (rows, cols)), shape=(one + 1, len(analysis.stays))
+        )
+        terms = analysis.flow.ledger.macs
+        params = retained_parameters(analysis.traced)
+        by_tensor: dict[str, list[int]] = {}
+        for (tensor, _), i in index.items():
+            by_tensor.setdefault(tensor, []).append(i)
+        factors, dims = [], []
+        for name, t in params.items():
+            own = by_tensor.get(name, [])
+            factors.append(t.numel() / float(np.prod([slots[i].size for i in own])))
+            dims.append(own)
+        return cls(
+            rows_per_class=incidence,
+            mac_factors=np.array([t.factor for t in terms]),
+            mac_dims=_pairs([[index[d] for d in t.dims] for t in terms], one),
+            param_factors=np.array(factors),
+            param_dims=_pairs(dims, one),
+            fixed_macs=_fixed_macs(analysis),
+        )
+
+    def macs(self, keep: Array) -> int:
+        """Multiply-adds per sample when the classes in `keep` stay."""
+        return self._sum(self.mac_factors, self.mac_dims, keep) + self.fixed_macs
+
+    def params(self, keep: Array) -> int:
+        """Parameters when the classes in `keep` stay."""
+        return self._sum(self.param_factors, self.param_dims, keep)
+
+    def _sum(self, factors: Array, dims: Array, keep: Array) -> int:
+        if not len(factors):
+            return 0
+        count = self.rows_per_class @ keep.astype(np.float64)
+        return round(float((factors * count[dims[:, 0]] * count[dims[:, 1]]).sum()))
+
+
+def _pairs(dims: list[list[int]], one: int) -> Array:
+    return np.array([[*d, one, one][:2] for d in dims], dtype=np.int64).reshape(-1, 2)
+
+
+def retained_parameters(traced: Traced) -> dict[str, nn.Parameter]:
+    """Parameters that the traced graph uses, by canonical name."""
+    used: dict[str, nn.Parameter] = {}
+    for node in traced.graph.nodes:
+        held: list[Tensor] = []
+        if node.op == "call_module":
+            held = list(traced.module(node).parameters())
+        elif node.op == "get_attr":
+            held = [get_path(traced.model, str(node.target))]
+        for t in held:
+            name = traced.tensors.name(t) if isinstance(t, nn.Parameter) else None
+            if name is not None and isinstance(t, nn.Parameter):
+                used[name] = t
+    return used
+
+
+def _fixed_macs(analysis: Analysis) -> int:
+    """Matrix products that no rule cuts, counted by torch on meta tensors."""
+    counted = {term.node for term in analysis.flow.ledger.macs}
+    total = 0
+    for node in analysis.traced.graph.nodes:
+        if node.name not in counted and _may_multiply(analysis.traced, node):
+            total += _count(analysis.traced, node)
+    return round(total / analysis.traced.batch)
+
+
+def _may_multiply(traced: Traced, node: Node) -> bool:
+    if node.op == "call_module":
+        return any(p.dim() > 1 for p in traced.module(node).parameters())
+    return op_name(node) in _PRODUCTS
+
+
+def _count(traced: Traced, node: Node) -> int:
+    args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if node.op == "call_module":
+            module = traced.module(node)
+            state = {
+                k: to_meta(v) for k, v in [*module.named_parameters(), *module.named_buffers()]
+            }
+            torch.func.functional_call(module, state, args, kwargs)
+        elif node.op == "call_method":
+            getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+    return int(counter.get_total_flops()) // 2
+
+
+def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
+    """Multiply-adds of any module per sample: half of torch's flop counter, in eval mode."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    inputs = pytree.tree_map(
+        lambda v: v.to(device) if isinstance(v, Tensor) else v, tuple(example_inputs)
+    )
+    modes = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for module, _ in modes:
+            module.training = False
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes:
+            module.training = mode
+    return int(counter.get_total_flops()) // 2 // batch_size(inputs)

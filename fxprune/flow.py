@@ -1,0 +1,179 @@
+"""The walk over a graph: every node gets a label by the rule of its operation.
+
+Rules live in `fxprune.rules`, one file per kind of operation, and are registered here with `@rule`.
+An operation without a rule freezes the channels that reach it: the model stays valid, and the
+report names the node and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from fxprune.graph import get_path, op_name, value_of
+from fxprune.labels import Label, Ledger, uncut
+from fxprune.trace import Traced, assertion
+
+Value = Any  # Label, or a tuple of values, or None for what is not a tensor
+
+
+@dataclass
+class Flow:
+    """The walk over one graph: labels so far, and the ledger."""
+
+    traced: Traced
+    ledger: Ledger
+    labels: dict[Node, Value] = field(default_factory=dict)
+
+    def of(self, arg: Any) -> Label | None:
+        """The label of an argument, or None where it is no tensor."""
+        value = self.labels.get(arg) if isinstance(arg, Node) else None
+        return value if isinstance(value, Label) else None
+
+    def inputs(self, node: Node) -> list[Label]:
+        """Labels of all tensors among the arguments."""
+        found: list[Label] = []
+        for n in node.all_input_nodes:
+            found += [v for v in pytree.tree_leaves(self.labels.get(n)) if isinstance(v, Label)]
+        return found
+
+
+Rule = Callable[[Flow, Node], Value]
+RULES: dict[str | type[nn.Module], Rule] = {}
+
+
+def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register a rule for functions and methods (by plain name) and modules (by exact class)."""
+
+    def register(function: Rule) -> Rule:
+        for key in keys:
+            if key in RULES:
+                raise ValueError(f"two rules for {key}")
+            RULES[key] = function
+        return function
+
+    return register
+
+
+FALLBACKS: list[tuple[Callable[[str], bool], Rule]] = []
+
+
+def rule_where(known: Callable[[str], bool]) -> Callable[[Rule], Rule]:
+    """Register a rule for all functions and methods whose plain name satisfies `known`."""
+
+    def register(function: Rule) -> Rule:
+        FALLBACKS.append((known, function))
+        return function
+
+    return register
+
+
+def rule_of(name: str) -> Rule | None:
+    """The rule of a function or method by its plain name."""
+    if name in RULES:
+        return RULES[name]
+    return next((function for known, function in FALLBACKS if known(name)), None)
+
+
+def flow_through(traced: Traced, whole_groups: Mapping[str, bool] = MappingProxyType({})) -> Flow:
+    """Walk the graph once and label every node; how grouped weights are cut may be given."""
+    flow = Flow(traced, Ledger(traced.tensors, whole_groups=dict(whole_groups)))
+    for node in traced.graph.nodes:
+        flow.labels[node] = _visit(flow, node)
+        for label in pytree.tree_leaves(flow.labels[node]):
+            if isinstance(label, Label) and len(label.varying) > 1:
+                flow.ledger.arrays.append(label.ids)
+    return flow
+
+
+def _visit(flow: Flow, node: Node) -> Value:
+    if node.op == "placeholder":
+        return uncut_like(value_of(node))
+    if node.op == "get_attr":
+        return _attribute(flow, node)
+    if node.op == "output":
+        for label in flow.inputs(
+            node
+        ):  # guard: outputs keep their channels -> tests/test_groups.py
+            flow.ledger.freeze(label.ids, node, "outputs of the model keep their channels")
+        return None
+    if node.op == "call_module":
+        return _visit_module(flow, node)
+    found = rule_of(op_name(node))
+    if found is not None:
+        return found(flow, node)
+    if assertion(node) or not flow.inputs(node):
+        return uncut_like(value_of(node))
+    shown = getattr(node.target, "__name__", str(node.target))
+    return opaque(flow, node, f"fxprune has no rule for `{shown}`")
+
+
+def _visit_module(flow: Flow, node: Node) -> Value:
+    module = flow.traced.module(node)
+    name = type(module).__name__
+    if node.target in flow.traced.hooked:  # guard: hooks on a layer -> tests/test_bad_input.py
+        return opaque(flow, node, f"`{node.target}` has hooks that may change what it computes")
+    if hasattr(module, "parametrizations"):  # guard: parametrized -> tests/test_bad_input.py
+        why = f"`{node.target}` is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
+        return opaque(flow, node, why + " makes it prunable")
+    found = RULES.get(type(module))
+    if found is None:
+        return opaque(flow, node, f"fxprune has no rule for the module {name}")
+    for key, t in [*module._parameters.items(), *module._buffers.items()]:
+        if t is not None and t.dim() and (why := unsliceable(t)):
+            return opaque(flow, node, f"`{node.target}.{key}` is {why}")
+    if "weight" in vars(module):  # guard: old weight_norm -> tests/test_bad_input.py
+        return opaque(flow, node, f"`{node.target}.weight` is computed, not a parameter")
+    return found(flow, node)
+
+
+def unsliceable(t: Tensor) -> str:
+    """Why a tensor cannot be sliced; "" when it can."""
+    if t.is_complex():
+        return "complex"
+    if t.is_quantized:
+        return "quantized"
+    if t.layout is not torch.strided:
+        return f"stored as {t.layout}"
+    return ""
+
+
+def uncut_like(value: Any) -> Value:
+    """Labels of values that no pruning touches."""
+    return pytree.tree_map(lambda v: uncut(v.shape) if isinstance(v, Tensor) else None, value)
+
+
+def opaque(flow: Flow, node: Node, why: str) -> Value:
+    """Freeze all channels that reach the node; what leaves it cannot be cut."""
+    for label in flow.inputs(node):
+        flow.ledger.freeze(label.ids, node, why)
+    return uncut_like(value_of(node))
+
+
+def _attribute(flow: Flow, node: Node) -> Value:
+    """A parameter or buffer: one axis longer than 1 gets ids at once, several on demand."""
+    t = get_path(flow.traced.model, str(node.target))
+    if not isinstance(t, Tensor):
+        return None
+    name = flow.ledger.tensors.add(str(node.target), t)
+    long = [d for d, n in enumerate(t.shape) if n > 1]
+    if unsliceable(t) or not long:
+        return uncut(t.shape)
+    if len(long) > 1:
+        return Label(tuple(t.shape), uncut(t.shape).ids, param=name)
+    return Label(tuple(t.shape), axis_ids(flow, name, t, long[0], node))
+
+
+def axis_ids(flow: Flow, name: str, t: Tensor, axis: int, node: Node) -> Tensor:
+    """Ids of one axis of a parameter, shaped to broadcast against it."""
+    known = flow.ledger.slots.get((name, axis))
+    ids = known.ids if known else flow.ledger.fresh(t.shape[axis])
+    ids = flow.ledger.slot(name, axis, "out", ids, node)
+    return ids.view([-1 if d == axis else 1 for d in range(t.dim())])

@@ -1,0 +1,396 @@
+"""Dependency analysis: which channels must live or die together, and which must stay.
+
+Ids that couple (union-find over the ledger's edges) form classes; classes that share the output
+dimension of one producer form a group, within which a method chooses. Every activation must stay a
+rectangle when channels go: where ids vary along two axes of one tensor, each class must depend on
+one axis only, so classes are joined until that holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import StringIO
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxprune.errors import PlanError
+from fxprune.graph import place
+from fxprune.labels import UNCUT, Label, Slot
+from fxprune.plan import Note
+from fxprune.rules import Flow, flow_through
+from fxprune.trace import Traced, trace
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels among which a method chooses.
+
+    name: the module of its first producer. classes: int64 [C], the coupled sets that may go, in the
+    first producer's order. producers: the dimensions whose rows make these channels. residual:
+    whether an addition couples it.
+    """
+
+    name: str
+    classes: Array
+    producers: tuple[Slot, ...]
+    members: tuple[str, ...]
+    residual: bool
+    width: int  # rows of the first producer, frozen ones included
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@dataclass
+class Analysis:
+    """What `fxprune.analyze` returns: groups, frozen nodes, and how ids map to classes.
+
+    groups: those of which something may go. frozen: node name -> why its channels stay.
+    """
+
+    traced: Traced
+    flow: Flow
+    class_of: Array  # int64 [ids]: the class of every id; 0 for UNCUT
+    stays: Array  # bool [classes]: may never be cut
+    groups: list[Group]
+    frozen: dict[str, str]
+    pieces: list[Array]  # classes of which at least one must stay
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Every (tensor, dimension) that carries channels, in graph order."""
+        return list(self.flow.ledger.slots.values())
+
+    def classes(self, ids: Tensor) -> Array:
+        """Classes of an array of ids, same shape."""
+        classes: Array = self.class_of[ids.numpy()]
+        return classes
+
+    def everything(self) -> Array:
+        """The mask that keeps all classes: bool [classes]."""
+        return np.ones(len(self.stays), dtype=bool)
+
+    def group(self, name: str) -> Group:
+        """The group of that name, or the one that a tensor of that name belongs to."""
+        for group in self.groups:
+            if name == group.name or name in group.members:
+                return group
+        raise PlanError(
+            f"no prunable group is called `{name}`",
+            where=f"`{name}`",
+            why="groups are named after the module that makes their channels"
+            + (f"; the first ones are {', '.join(g.name for g in self.groups[:5])}" if self.groups else ""),
+            fix="print(fxprune.analyze(model)) lists them, and why others are frozen",
+        )  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the tensors' names and shapes, and of the graph."""
+        return {
+            "tensors": tensors_fingerprint(self.traced.model),
+            "graph": graph_fingerprint(self.traced),
+        }
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """The frozen nodes as the plan lists them."""
+        return tuple(Note(node, why) for node, why in self.frozen.items())
+
+    def plan(self, keep: Mapping[str, Sequence[int]]) -> Any:
+        """A plan made by hand: {group, module or tensor: indices that stay}; couplings expanded.
+
+        Raises PlanError where indices are out of range or the couplings forbid the choice.
+        """
+        from fxprune.selection import plan_by_hand
+
+        return plan_by_hand(self, keep)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The data flow: nodes carry op, target, shape and the names of the groups they hold."""
+        graph = nx.DiGraph()
+        owner = {int(c): g.name for g in self.groups for c in g.classes}
+        for node in self.traced.graph.nodes:
+            label = self.flow.labels.get(node)
+            held: list[str] = []
+            if isinstance(label, Label):
+                held = sorted({owner[c] for c in self.classes(label.ids).ravel().tolist() if c in owner})  # fmt: skip
+            graph.add_node(
+                node.name,
+                op=node.op,
+                target=str(node.target),
+                shape=label.shape if isinstance(label, Label) else None,
+                groups=held,
+                frozen=self.frozen.get(node.name),
+            )
+            graph.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return graph
+
+    def __str__(self) -> str:
+        return analysis_table(self)
+
+    __repr__ = __str__
+
+
+def analysis_table(analysis: Analysis) -> str:
+    """The groups and what is frozen, as text for a terminal."""
+    table = Table(title=f"{len(analysis.groups)} prunable groups", title_justify="left")
+    for column in ("group", "channels", "cuttable", "coupled by an addition", "tensors"):
+        table.add_column(column, justify="right" if column in ("channels", "cuttable") else "left")
+    for g in analysis.groups:
+        first = ", ".join(m.removesuffix(".weight") for m in g.members[:3])
+        more = f", and {len(g.members) - 3} more" if len(g.members) > 3 else ""
+        table.add_row(
+            escape(g.name), str(g.width), str(len(g)), "yes" if g.residual else "", escape(first + more)
+        )  # fmt: skip
+    frozen = Table(title="frozen", title_justify="left")
+    frozen.add_column("node")
+    frozen.add_column("why")
+    for node, why in analysis.frozen.items():
+        frozen.add_row(escape(node), escape(why))
+    console = Console(file=StringIO(), width=110)
+    console.print(table)
+    console.print(frozen)
+    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a pruned network remembers of its first original, so that later cuts compose.
+
+    keys: the original's state_dict keys. classes: per (tensor, dim), the original's class of each
+    index that is left. whole_groups: how grouped convolutions are cut.
+    """
+
+    keys: frozenset[str]
+    classes: Mapping[tuple[str, int], Array]
+    whole_groups: Mapping[str, bool]
+
+
+def lineage_of(analysis: Analysis, keep: Array, older: Lineage | None) -> Lineage:
+    """The lineage of what a mask of kept classes, bool [classes], leaves."""
+    classes = {}
+    for s in analysis.slots:
+        own = analysis.classes(s.ids)
+        classes[s.tensor, s.dim] = own[keep[own]]
+    keys = older.keys if older else frozenset(state_of(analysis.traced.model))
+    return Lineage(keys, classes, dict(analysis.flow.ledger.whole_groups))
+
+
+def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
+    """Label the graph, join what couples, and form the groups.
+
+    With a lineage, channels that were coupled in the first original stay coupled.
+    """
+    flow = flow_through(traced, lineage.whole_groups if lineage else {})
+    if lineage is not None:
+        _couple_as_before(flow, lineage)
+    class_of = _classes(flow)
+    stays = np.zeros(class_of.max() + 1, dtype=bool)
+    stays[class_of[UNCUT]] = True
+    for freeze in flow.ledger.frozen:  # guard: frozen ids stay -> tests/test_law.py
+        stays[class_of[freeze.ids.numpy()]] = True
+    return Analysis(
+        traced,
+        flow,
+        class_of,
+        stays,
+        _groups(flow, class_of, stays),
+        _reasons(flow),
+        _pieces(flow, class_of, stays),
+    )
+
+
+def analyze_model(
+    model: nn.Module, example_inputs: tuple[Any, ...], lineage: Lineage | None = None
+) -> Analysis:
+    """Trace and analyse."""
+    return analyze_traced(trace(model, example_inputs), lineage)
+
+
+def _couple_as_before(flow: Flow, lineage: Lineage) -> None:
+    first: dict[int, int] = {}
+    for key, slot in flow.ledger.slots.items():
+        before = lineage.classes.get(key)
+        if before is not None and len(before) == slot.size:
+            leaders = [first.setdefault(int(c), int(i)) for c, i in zip(before, slot.ids, strict=True)]  # fmt: skip
+            ids, leaders_ = slot.ids, torch.tensor(leaders)
+            cuttable = (ids != UNCUT) & (leaders_ != UNCUT)
+            flow.ledger.edges.append((ids[cuttable], leaders_[cuttable]))
+
+
+# Classes
+
+
+def _classes(flow: Flow) -> Array:
+    """Connected components of the couplings, joined further until every array is a rectangle."""
+    ledger = flow.ledger
+    pairs = [
+        (a.numpy().ravel(), b.numpy().ravel())
+        for a, b in (torch.broadcast_tensors(x, y) for x, y in ledger.edges)
+    ]
+    arrays = [ids.numpy() for ids in ledger.arrays]
+    while True:
+        class_of = _components(pairs, ledger.next_id)
+        fixed = class_of[UNCUT]
+        frozen = {int(c) for f in ledger.frozen for c in class_of[f.ids.numpy()]}
+        new = [pair for ids in arrays for pair in _to_rectangle(ids, class_of, fixed, frozen)]
+        if not new:  # guard: rectangles -> tests/test_law.py
+            return class_of
+        pairs += new
+
+
+def _components(pairs: list[tuple[Array, Array]], count: int) -> Array:
+    if not pairs:
+        return np.arange(count)
+    rows = np.concatenate([a for a, _ in pairs])
+    cols = np.concatenate([b for _, b in pairs])
+    edges = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(count, count))
+    return connected_components(edges, directed=False)[1].astype(np.int64)
+
+
+def _to_rectangle(
+    ids: Array, class_of: Array, fixed: int, frozen: set[int]
+) -> list[tuple[Array, Array]]:
+    """Couplings after which each class of a many-axis array depends on one axis only."""
+    classes = class_of[ids]
+    if frozen:
+        classes = np.where(np.isin(classes, list(frozen)), fixed, classes)
+    axes = [d for d in range(classes.ndim) if (classes != classes.take([0], axis=d)).any()]
+    if len(axes) < 2:
+        return []
+    best = max(axes, key=lambda d: (_choices(classes, d), d))
+    along = np.moveaxis(ids, best, 0).reshape(ids.shape[best], -1)
+    return [(np.repeat(along[:, 0], along.shape[1]), along.ravel())]
+
+
+def _choices(classes: Array, axis: int) -> int:
+    """Classes left when all positions of one index of `axis` are joined."""
+    along = np.moveaxis(classes, axis, 0).reshape(classes.shape[axis], -1)
+    _, inverse = np.unique(along, return_inverse=True)
+    inverse = inverse.reshape(along.shape) + len(along)
+    rows = np.repeat(np.arange(len(along)), along.shape[1])
+    return int(_components([(rows, inverse.ravel())], int(inverse.max()) + 1).max()) + 1
+
+
+# Groups
+
+
+def _groups(flow: Flow, class_of: Array, stays: Array) -> list[Group]:
+    producers = [s for s in flow.ledger.slots.values() if s.producer]
+    rows = [class_of[s.ids.numpy()] for s in producers]
+    free = [r[~stays[r]] for r in rows]
+    links = [(np.full(len(f), f[0]), f) for f in free if len(f)]
+    group_of = _components(links, len(stays))
+    residual = np.zeros(len(stays), dtype=bool)
+    for ids in flow.ledger.residual:
+        residual[class_of[ids.numpy()]] = True
+    members: dict[int, list[str]] = {}
+    for slot in flow.ledger.slots.values():
+        classes = class_of[slot.ids.numpy()]
+        if slot.role == "out":
+            for g in set(group_of[classes[~stays[classes]]].tolist()):
+                members.setdefault(g, []).append(slot.tensor)
+    found: dict[int, list[int]] = {}
+    for i, classes in enumerate(free):
+        if len(classes):
+            found.setdefault(int(group_of[classes[0]]), []).append(i)
+    groups = []
+    for g, owners in found.items():
+        classes = np.concatenate([free[i] for i in owners])
+        _, first = np.unique(classes, return_index=True)
+        classes = classes[np.sort(first)]
+        groups.append(
+            Group(
+                name=producers[owners[0]].tensor.rpartition(".")[0] or producers[owners[0]].tensor,
+                classes=classes,
+                producers=tuple(producers[i] for i in owners),
+                members=tuple(members.get(g, ())),
+                residual=bool(residual[classes].any()),
+                width=producers[owners[0]].size,
+            )
+        )
+    return _distinct_names(groups)
+
+
+def _distinct_names(groups: list[Group]) -> list[Group]:
+    """Several groups can share a first producer (a split one): name the later ones by its tensor."""
+    seen: dict[str, int] = {}
+    out = []
+    for group in groups:
+        count = seen.setdefault(group.name, 0)
+        seen[group.name] += 1
+        name = group.name if not count else f"{group.name}#{count}"
+        out.append(group if not count else Group(**{**vars(group), "name": name}))
+    return out
+
+
+def _pieces(flow: Flow, class_of: Array, stays: Array) -> list[Array]:
+    """Sets of classes of which one must stay, smallest first; those with a frozen one need no care."""
+    ledger = flow.ledger
+    sets = {}
+    for ids in [*(s.ids for s in ledger.slots.values()), *ledger.pieces]:
+        classes = np.unique(class_of[ids.numpy()])
+        if not stays[classes].any():
+            sets[classes.tobytes()] = classes
+    return sorted(sets.values(), key=len)
+
+
+def _reasons(flow: Flow) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for freeze in flow.ledger.frozen:
+        if bool((freeze.ids != UNCUT).any()):
+            where = place(freeze.node)
+            text = f"{freeze.why} ({where})" if where else freeze.why
+            reasons.setdefault(freeze.node.name, text)
+    return reasons
+
+
+# Fingerprints
+
+
+def tensors_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the sorted (key, shape) pairs of the state_dict."""
+    pairs = sorted((k, tuple(v.shape)) for k, v in state_of(model).items())
+    return hashlib.sha256(repr(pairs).encode()).hexdigest()
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state_dict (extra state left out)."""
+    return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+
+
+def graph_fingerprint(traced: Traced) -> str:
+    """SHA-256 of the operations and how they are wired."""
+    digest = hashlib.sha256()
+    for node in traced.graph.nodes:
+        line = (
+            node.op,
+            _target(node),
+            node.name,
+            repr(node.args),
+            repr(sorted(node.kwargs.items())),
+        )
+        digest.update(repr(line).encode())
+    return digest.hexdigest()
+
+
+def _target(node: Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"

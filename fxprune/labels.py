@@ -1,0 +1,193 @@
+"""Labels: which channel every element of an activation belongs to; and the ledger of what couples.
+
+A label gives each element of a tensor an id. Elements with one id live or die together. The ids
+are kept compact: size 1 along every axis on which they do not change, so their memory does not
+grow with pixels or batches. Id 0 (`UNCUT`) marks what can never be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxprune.graph import Tensors
+
+UNCUT = 0
+
+
+@dataclass(frozen=True)
+class Label:
+    """Ids of a tensor's elements.
+
+    shape: the tensor's true shape on the example input. ids: int64, as many dims, each of size 1
+    (constant along it) or the true size. param: the name of a parameter of several axes, which gets
+    its ids only when it meets an activation.
+    """
+
+    shape: tuple[int, ...]
+    ids: Tensor
+    param: str | None = None
+
+    @property
+    def varying(self) -> list[int]:
+        """The axes along which the ids change."""
+        return [d for d, n in enumerate(self.ids.shape) if n > 1]
+
+    @property
+    def uncut(self) -> bool:
+        """Whether no element can ever be cut."""
+        return self.ids.numel() == 1 and int(self.ids.flatten()[0]) == UNCUT
+
+    def expanded(self) -> Tensor:
+        """The ids at the true shape, without memory of their own."""
+        return self.ids.expand(self.shape)
+
+
+def uncut(shape: Sequence[int]) -> Label:
+    """The label of a tensor that no pruning touches."""
+    return Label(tuple(shape), torch.zeros([1] * len(shape), dtype=torch.int64))
+
+
+def compact(ids: Tensor) -> Tensor:
+    """Drop the axes along which ids are constant (they keep size 1)."""
+    for d in range(ids.dim()):
+        if ids.shape[d] > 1 and ids.stride(d) == 0:
+            ids = ids.narrow(d, 0, 1)
+    for d in range(ids.dim()):
+        if ids.shape[d] > 1 and bool((ids == ids.narrow(d, 0, 1)).all()):
+            ids = ids.narrow(d, 0, 1)
+    return ids
+
+
+@dataclass
+class Slot:
+    """One dimension of one tensor, and the id of each index along it.
+
+    size: channels along it; in `blocks` > 1 blocks of size / blocks each, where the dimension of a
+    grouped convolution's weight is shared by all groups (the tensor's own length is one block).
+    """
+
+    tensor: str
+    dim: int
+    role: str
+    ids: Tensor  # [size]
+    blocks: int = 1
+    producer: bool = False  # its rows make channels, so they can be scored
+
+    @property
+    def size(self) -> int:
+        """Channels along the dimension, over all blocks."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Ids that may not be cut, because of a node."""
+
+    ids: Tensor
+    node: Node
+    why: str
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """`factor` x kept(out) x kept(in) multiply-adds per sample, of one call of one layer."""
+
+    node: str
+    factor: float
+    dims: tuple[tuple[str, int], ...]  # slots whose kept counts multiply
+
+
+@dataclass
+class Ledger:
+    """What the rules learn while they walk the graph."""
+
+    tensors: Tensors
+    next_id: int = 1
+    slots: dict[tuple[str, int], Slot] = field(default_factory=dict)
+    edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    frozen: list[Freeze] = field(default_factory=list)
+    arrays: list[Tensor] = field(default_factory=list)  # ids that vary along several axes
+    pieces: list[Tensor] = field(default_factory=list)  # of each, at least one id must stay
+    residual: list[Tensor] = field(default_factory=list)  # ids that meet in an addition
+    macs: list[MacTerm] = field(default_factory=list)
+    whole_groups: dict[str, bool] = field(default_factory=dict)  # grouped weight -> how it is cut
+
+    def fresh(self, count: int) -> Tensor:
+        """New ids, int64 [count]."""
+        self.next_id += count
+        return torch.arange(self.next_id - count, self.next_id)
+
+    def freeze(self, ids: Tensor, node: Node, why: str) -> None:
+        """These ids stay, whatever the plan says."""
+        if ids.numel() == 1 and int(ids.flatten()[0]) == UNCUT:
+            return
+        self.frozen.append(Freeze(ids.flatten(), node, why))
+
+    def couple(self, a: Tensor, b: Tensor, node: Node, why: str = "") -> None:
+        """Ids at equal positions live or die together; whatever meets UNCUT stays."""
+        if a is b:
+            return
+        a, b = torch.broadcast_tensors(a, b)
+        a, b = a.flatten(), b.flatten()
+        fixed = (a == UNCUT) | (b == UNCUT)
+        if bool(fixed.any()):
+            reason = why or "it meets channels that cannot be cut"
+            self.freeze(torch.maximum(a, b)[fixed], node, reason)
+            a, b = a[~fixed], b[~fixed]
+        if a.numel():
+            self.edges.append((a, b))
+
+    def couple_along(self, ids: Tensor, axes: Sequence[int], node: Node, why: str) -> Tensor:
+        """Ids along `axes` become one; returns the ids with these axes narrowed to size 1."""
+        first = ids
+        for d in axes:
+            first = first.narrow(d, 0, 1)
+        if first.numel() != ids.numel():
+            self.couple(ids, first, node, why)
+        return first
+
+    def complete(self, label: Label, axes: Sequence[int], node: Node, why: str) -> Label:
+        """No part of `axes` may be cut: couple along them, or freeze where nothing else varies."""
+        axes = [d for d in axes if d in label.varying]
+        if not axes:
+            return label
+        if axes == label.varying:
+            self.freeze(label.ids, node, why)
+            return uncut(label.shape)
+        return Label(label.shape, self.couple_along(label.ids, axes, node, why))
+
+    def slot(
+        self,
+        name: str | None,
+        dim: int,
+        role: str,
+        ids: Tensor,
+        node: Node,
+        *,
+        blocks: int = 1,
+        producer: bool = False,
+    ) -> Tensor:
+        """The tensor's dimension holds these ids; a tensor met twice couples its two uses.
+
+        guard-free by construction: one slot per (storage, dim), however often it is called.
+        """
+        assert name is not None
+        known = self.slots.get((name, dim))
+        if known is not None:
+            if len(known.ids) != len(ids) or known.blocks != blocks:
+                why = f"`{name}` is used in two ways that do not fit together"
+                self.freeze(known.ids, node, why)
+                self.freeze(ids, node, why)
+                return known.ids
+            self.couple(known.ids, ids, node, f"`{name}` is shared with a use that cannot be cut")
+            return known.ids
+        self.slots[name, dim] = Slot(name, dim, role, ids, blocks, producer)
+        if name in self.tensors.overlapping:
+            other = self.tensors.overlapping[name]
+            self.freeze(ids, node, f"`{name}` shares memory with a part of `{other}`")
+        return ids

@@ -1,0 +1,56 @@
+"""Plan -> the original network with removed inputs zeroed: the oracle pruning is compared with.
+
+It runs the user's own class, untraced, so it also vouches for the trace.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import PlanError, UnsupportedOpError
+from fxprune.graph import Tensors
+from fxprune.plan import Plan, Slice
+
+
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` with every removed entry of an "in" slice set to zero.
+
+    In eval mode it computes what the pruned network computes (design: the law of the Plan).
+    Raises PlanError when the plan belongs to another architecture.
+    """
+    try:
+        masked = copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedOpError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            fix="make the model survive copy.deepcopy",
+        ) from error
+    tensors = Tensors.of(masked)
+    with torch.no_grad():
+        for s in plan.slices:
+            t = tensors.tensor.get(s.tensor)
+            if t is None or s.dim >= t.dim() or s.size % t.shape[s.dim]:
+                raise PlanError(
+                    f"the plan cuts `{s.tensor}` of size {s.size} along dimension {s.dim}",
+                    where=f"`{s.tensor}`",
+                    why="the model has no such tensor" if t is None else f"its shape is {tuple(t.shape)}",
+                    fix="use the plan with the architecture that it was made for",
+                )  # fmt: skip
+            if s.role == "in":
+                zero_inputs(t, s)
+    return masked
+
+
+def zero_inputs(t: Tensor, s: Slice) -> None:
+    """Zero the removed entries of one dimension, in place; blocked in a grouped convolution."""
+    removed = torch.ones(s.size, dtype=torch.bool, device=t.device)
+    removed[list(s.keep)] = False
+    blocks = s.size // t.shape[s.dim]
+    if blocks == 1:
+        t.movedim(s.dim, 0)[removed] = 0
+    else:
+        grouped = t.view(blocks, t.shape[0] // blocks, *t.shape[1:])
+        grouped.movedim(2, 1)[removed.view(blocks, -1)] = 0

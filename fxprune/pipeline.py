@@ -1,0 +1,165 @@
+"""Cut, fold, prove, report: the steps that every way into the compiler shares."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import nn
+
+from fxprune.errors import UnsupportedOpError
+from fxprune.groups import Analysis, Array, lineage_of
+from fxprune.mask import mask
+from fxprune.passes.fold_batchnorm import fold_batchnorm
+from fxprune.passes.slice_channels import slice_channels
+from fxprune.plan import Fold, Plan
+from fxprune.pruned import (
+    Origin,
+    PrunedModule,
+    build,
+    carry_attributes,
+    input_specs,
+    stamp_of,
+)
+from fxprune.report import GroupRow, Report
+from fxprune.selection import compose
+from fxprune.verify import verify
+
+
+@dataclass
+class Progress:
+    """Names the step at work on a terminal, and keeps the seconds each took."""
+
+    shown: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step; show it while it runs, if anybody watches."""
+        start = time.perf_counter()
+        if self.shown and sys.stderr.isatty():
+            with Console(stderr=True).status(f"fxprune: {name} ..."):
+                yield
+        else:
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def cut(
+    analysis: Analysis,
+    plan: Plan,
+    keep: Array,
+    progress: Progress,
+    *,
+    check: bool,
+    notes: list[str],
+) -> PrunedModule:
+    """Apply a plan made on `analysis`: the pruned network with plan, report and origin."""
+    traced = analysis.traced
+    older = traced.model if isinstance(traced.model, PrunedModule) else None
+    with progress.step("cut"):
+        root, graph, _ = slice_channels(analysis, keep)
+        pruned = build(traced.model, root, graph)
+        left = carry_attributes(traced.model, pruned)
+    verified = ""
+    if check:
+        with progress.step("verify"):
+            verified = verify(mask(traced.model, plan), pruned, traced.example_inputs)
+    notes = [*notes, *traced.notes]
+    if left:
+        notes.append(f"attributes that could not be carried over: {', '.join(sorted(left))}")
+    whole = compose(older.plan, plan, older.origin.lineage.keys) if older else plan
+    pruned.plan = whole
+    lineage = lineage_of(analysis, keep, older.origin.lineage if older else None)
+    if older:
+        lineage = replace(lineage, classes=_older_classes(analysis, keep, older, lineage.classes))
+    pruned.origin = Origin(input_specs(traced.example_inputs), lineage, traced.front_end, 0)
+    pruned.report = _report(analysis, plan, whole, keep, verified, notes)
+    pruned.report.seconds = progress.seconds
+    return pruned
+
+
+def _older_classes(
+    analysis: Analysis, keep: Array, older: PrunedModule, classes: Any
+) -> dict[tuple[str, int], Array]:
+    """Class numbers of a second analysis, made unique; they are coarser than the first one's."""
+    return {**older.origin.lineage.classes, **classes}
+
+
+def _report(
+    analysis: Analysis, step: Plan, whole: Plan, keep: Array, verified: str, notes: list[str]
+) -> Report:
+    rows = []
+    for group in analysis.groups:
+        classes = analysis.classes(group.producers[0].ids)
+        rows.append(
+            GroupRow(
+                name=group.name,
+                before=len(classes),
+                after=int(np.count_nonzero(keep[classes])),
+                members=group.members,
+            )
+        )
+    return Report(
+        model=type(analysis.traced.model).__name__,
+        method=str(step.method["name"]),
+        front_end=analysis.traced.front_end,
+        asked=None if step.budget is None else dict(step.budget),
+        metrics=dict(whole.metrics),
+        groups=rows,
+        frozen=list(step.frozen),
+        verified=verified,
+        notes=notes,
+    )
+
+
+def fold(
+    pruned: PrunedModule, progress: Progress, only: tuple[Fold, ...] | None = None
+) -> PrunedModule:
+    """Fold batch norms (all that can be, or those of a plan); the plan says which were."""
+    with progress.step("fold"):
+        pairs = None if only is None else [(f.conv, f.bn) for f in only]
+        folded, report = fold_batchnorm(pruned, pairs)
+    assert isinstance(folded, PrunedModule)
+    if only is not None and len(report.folded) != len(only):
+        missing = sorted({f.bn for f in only} - {bn for _, bn in report.folded})
+        raise UnsupportedOpError(
+            f"the plan folds `{missing[0]}`, which cannot be folded here",
+            where=f"module {missing[0]}",
+            why=dict(report.skipped).get(missing[0], "no convolution feeds it in this model"),
+            fix="use the plan with the architecture that it was made for",
+        )
+    folds = tuple(Fold(conv, bn) for conv, bn in report.folded)
+    folded.plan = replace(
+        folded.plan,
+        folds=folded.plan.folds + (folds if only is None else ()),
+        metrics={
+            **folded.plan.metrics,
+            "params_after": sum(p.numel() for p in folded.parameters()),
+        },
+    )
+    folded.report.folds = len(folded.plan.folds)
+    folded.report.metrics = dict(folded.plan.metrics)
+    if report.skipped and only is None:
+        folded.report.notes += [
+            f"`{bn}` was not folded: {why}" for bn, why in report.skipped.items()
+        ]
+    return folded
+
+
+def sealed(pruned: PrunedModule) -> PrunedModule:
+    """Note what the tensors are at this moment, so that later training is recognised."""
+    pruned.origin = replace(pruned.origin, stamp=stamp_of(pruned))
+    return pruned
+
+
+def same_modes(model: nn.Module) -> nn.Module:
+    """A deep copy (of a network that is already pruned)."""
+    return copy.deepcopy(model)

@@ -1,0 +1,172 @@
+"""Contractions: convolutions and linears end one set of ids and start another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxprune.flow import Flow, Value, opaque, rule
+from fxprune.graph import arguments, get_path, op_name, value_of
+from fxprune.labels import Label, Ledger, MacTerm
+
+
+def channel_ids(flow: Flow, node: Node, x: Label, axis: int) -> Tensor:
+    """One id per index of `axis`, int64 [x.shape[axis]]; ids along other axes are coupled to it."""
+    axis %= len(x.shape)
+    ids = flow.ledger.couple_along(
+        x.ids, [d for d in x.varying if d != axis], node, "part of its channels cannot be cut"
+    )
+    return ids.flatten().expand(x.shape[axis])
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A convolution or linear: its weight's name and shape, bias, groups, and the axes it uses."""
+
+    name: str
+    shape: tuple[int, ...]
+    bias: str | None
+    groups: int = 1
+    transposed: bool = False
+
+
+def contract(flow: Flow, node: Node, x: Label, w: Weight, axis: int) -> Label:
+    """y = W x along `axis`: the ids of x end in W's input dimension, new ids leave its output.
+
+    A grouped convolution is cut either by whole groups (input and output channels of a group live
+    or die together) or by the same positions in every group; whichever leaves more choice.
+    """
+    out = value_of(node)
+    ledger = flow.ledger
+    columns = channel_ids(flow, node, x, axis)
+    if x.varying and axis % len(x.shape) not in x.varying:
+        ledger.freeze(x.ids, node, "a linear map runs along another axis of it")
+        columns = torch.zeros_like(columns)
+    n_in, n_out = len(columns), out.shape[axis]
+    dim_out, dim_in = (1, 0) if w.transposed else (0, 1)
+    bias = ledger.slots.get((w.bias, 0)) if w.bias else None
+    blocks_in, blocks_out = (1, w.groups) if w.transposed else (w.groups, 1)
+    if w.groups > 1 and _by_whole_groups(ledger, w, columns, n_in, n_out):
+        rows = _whole_groups(flow, node, w, columns, n_out)
+    else:
+        known = ledger.slots.get((w.name, dim_out))
+        rows = known.ids if known else ledger.fresh(n_out)
+        producer = True
+        rows = ledger.slot(w.name, dim_out, "out", rows, node, blocks=blocks_out, producer=producer)
+        columns = ledger.slot(w.name, dim_in, "in", columns, node, blocks=blocks_in)
+        if w.groups > 1:
+            for ids in (columns, rows):  # guard: same positions in every group -> tests/test_law.py
+                ledger.couple_along(ids.view(w.groups, -1), [0], node, "of a grouped convolution")
+    if w.bias is not None:
+        ledger.slot(w.bias, 0, "out", bias.ids if bias else rows, node)
+        if bias is not None:
+            ledger.couple(bias.ids, rows, node)
+    _count(flow, node, x, w, n_in, n_out)
+    shape = [1] * len(out.shape)
+    shape[axis] = n_out
+    return Label(tuple(out.shape), rows.view(shape))
+
+
+def _by_whole_groups(ledger: Ledger, w: Weight, columns: Tensor, n_in: int, n_out: int) -> bool:
+    if w.name not in ledger.whole_groups:
+        per_group = max(n_in, n_out) // w.groups
+        cuttable = bool((columns != 0).all())
+        ledger.whole_groups[w.name] = cuttable and w.groups >= per_group
+    return ledger.whole_groups[w.name]
+
+
+def _whole_groups(flow: Flow, node: Node, w: Weight, columns: Tensor, n_out: int) -> Tensor:
+    """Only dim 0 is cut: it holds the outputs of a convolution, the inputs of a transposed one."""
+    ledger = flow.ledger
+    n_in = len(columns)
+    depthwise = n_in == w.groups
+    size = n_in if w.transposed else n_out
+    known = ledger.slots.get((w.name, 0))
+    rows = known.ids if known else ledger.fresh(size)
+    role = "in" if w.transposed and not depthwise else "out"
+    rows = ledger.slot(w.name, 0, role, rows, node, producer=not depthwise)
+    blocks = rows.view(w.groups, -1)
+    ledger.couple_along(blocks, [1], node, "of a grouped convolution")
+    inputs = columns.view(w.groups, -1)
+    ledger.couple(  # guard: a group's inputs and outputs go together -> tests/test_law.py
+        inputs, blocks[:, :1], node, "part of a group's inputs cannot be cut"
+    )
+    return rows if not w.transposed else blocks[:, :1].expand(-1, n_out // w.groups).flatten()
+
+
+def _count(flow: Flow, node: Node, x: Label, w: Weight, n_in: int, n_out: int) -> None:
+    """Multiply-adds of this call, per sample, as a product of kept counts."""
+    out = value_of(node)
+    batch = flow.traced.batch
+    kernel = math.prod(w.shape[2:])
+    places = (math.prod(x.shape) // n_in) if w.transposed else (out.numel() // n_out)
+    factor = places * kernel / batch
+    if flow.ledger.whole_groups.get(w.name, False):
+        dims: tuple[tuple[str, int], ...] = ((w.name, 0),)
+        factor *= (n_out if w.transposed else n_in) // w.groups
+    else:
+        dims = ((w.name, 0), (w.name, 1))
+        factor /= w.groups
+    flow.ledger.macs.append(MacTerm(node.name, factor, dims))
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def conv_module(flow: Flow, node: Node) -> Value:
+    """A convolution layer."""
+    module = flow.traced.module(node)
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    x = flow.of(node.args[0])
+    assert x is not None
+    name = flow.ledger.tensors.name
+    w = Weight(
+        name(module.weight) or "",
+        tuple(module.weight.shape),
+        name(module.bias),
+        module.groups,
+        module.transposed,
+    )
+    return contract(flow, node, x, w, len(x.shape) - len(module.kernel_size) - 1)
+
+
+@rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def linear_module(flow: Flow, node: Node) -> Value:
+    """A linear layer reads and writes the last axis."""
+    module = flow.traced.module(node)
+    assert isinstance(module, nn.Linear)
+    x = flow.of(node.args[0])
+    assert x is not None
+    name = flow.ledger.tensors.name
+    w = Weight(name(module.weight) or "", tuple(module.weight.shape), name(module.bias))
+    return contract(flow, node, x, w, len(x.shape) - 1)
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule("linear")
+def functional_contraction(flow: Flow, node: Node) -> Value:
+    """F.conv2d and friends with a weight (and bias) that are parameters of the model."""
+    name = op_name(node)
+    transposed = "transpose" in name
+    order = ["input", "weight", "bias", "stride", "padding"]
+    order += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+    args = arguments(node, *order)
+    x, weight = flow.of(args["input"]), args["weight"]
+    bias = args["bias"]
+    direct = all(n is None or (isinstance(n, Node) and n.op == "get_attr") for n in (weight, bias))
+    if x is None or not direct:
+        return opaque(flow, node, f"the weight of this `{name}` is computed, not a parameter")
+    w = Weight(
+        flow.ledger.tensors.name(get_path(flow.traced.model, weight.target)) or "",
+        tuple(value_of(weight).shape),
+        None
+        if bias is None
+        else flow.ledger.tensors.name(get_path(flow.traced.model, bias.target)),
+        int(args.get("groups", 1)),
+        transposed,
+    )
+    last = 0 if name == "linear" else int(name[-2])
+    return contract(flow, node, x, w, len(x.shape) - last - 1)

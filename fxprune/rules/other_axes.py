@@ -1,0 +1,92 @@
+"""Pooling, reductions and softmax: channels stay when other axes are worked on, else they freeze."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from fxprune.flow import Flow, Value, opaque, rule, uncut_like
+from fxprune.graph import arguments, constant, op_name, value_of
+from fxprune.labels import Label
+from fxprune.rules.elementwise import elementwise
+
+
+@lru_cache(maxsize=512)
+def _spatial_rank(name: str) -> int | None:
+    """2 for AvgPool2d and adaptive_avg_pool2d; None for what is no spatial operation."""
+    found = re.fullmatch(
+        r"(?:adaptive_|fractional_|lp_)?(?:max_|avg_)?pool([123])d"
+        r"|(?:Adaptive|Fractional|LP)?(?:Max|Avg)?Pool([123])d"
+        r"|(?:Zero|Constant|Reflection|Replication|Circular)Pad([123])d",
+        name,
+    )
+    return int(next(g for g in found.groups() if g)) if found else None
+
+
+def spatial(flow: Flow, node: Node) -> Value:
+    """Pooling, spatial padding, interpolation: channels stay, positions do not matter."""
+    x = flow.of(node.args[0] if node.args else node.kwargs.get("input"))
+    out = value_of(node)
+    name = op_name(node) or type(flow.traced.module(node)).__name__
+    if x is None or not isinstance(out, Tensor):
+        return opaque(flow, node, f"`{name}` with several results")
+    rank = _spatial_rank(name) or len(x.shape) - 2
+    kept = flow.ledger.complete(
+        x, range(len(x.shape) - rank, len(x.shape)), node, f"`{name}` mixes positions of channels"
+    )
+    return Label(tuple(out.shape), kept.ids)
+
+
+for _d in "123":
+    for _name in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "LPPool"):
+        rule(getattr(nn, f"{_name}{_d}d"))(spatial)
+    for _name in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"):
+        rule(getattr(nn, f"{_name}{_d}d"))(spatial)
+    for _name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool"):
+        rule(f"{_name}{_d}d")(spatial)
+rule("interpolate", "upsample")(spatial)
+rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)(spatial)
+
+
+@rule("mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "norm", "logsumexp")
+@rule("all", "any", "median", "nanmean", "nansum", "var_mean", "std_mean")
+def reduction(flow: Flow, node: Node) -> Value:
+    """Reducing other axes keeps the channels; reducing channels freezes them."""
+    name = op_name(node)
+    if name in ("max", "min") and len(flow.inputs(node)) > 1:
+        return elementwise(flow, node)
+    x = flow.of(node.args[0] if node.args else node.kwargs.get("input"))
+    if x is None:
+        return uncut_like(value_of(node))
+    skip = ("input", "p") if name == "norm" else ("input",)
+    given = arguments(node, *skip, "dim", "keepdim")
+    dims = constant(given["dim"] if given["dim"] is not None else given["axis"])
+    dims = list(range(len(x.shape))) if dims is None else [dims] if isinstance(dims, int) else dims
+    dims = [d % max(len(x.shape), 1) for d in dims]
+    x = flow.ledger.complete(x, dims, node, f"`{name}` runs over the channels")
+    keepdim = bool(given.get("keepdim", False))
+    ids = x.ids
+    for d in sorted(dims, reverse=True):
+        ids = ids.narrow(d, 0, 1) if keepdim else ids.select(d, 0)
+    return pytree.tree_map(
+        lambda v: Label(tuple(v.shape), ids) if isinstance(v, Tensor) else None, value_of(node)
+    )
+
+
+@rule("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp")
+@rule(nn.Softmax, nn.LogSoftmax, nn.Softmin)
+def along_one_axis(flow: Flow, node: Node) -> Value:
+    """Softmax and cumulative sums: the axis they run along must stay whole."""
+    x = flow.of(node.args[0])
+    assert x is not None
+    if node.op == "call_module":
+        name, dim = type(flow.traced.module(node)).__name__, flow.traced.module(node).dim
+    else:
+        name, dim = op_name(node), arguments(node, "input", "dim")["dim"]
+    if not isinstance(dim, int):
+        return opaque(flow, node, f"`{name}` without an axis")
+    return flow.ledger.complete(x, [dim % len(x.shape)], node, f"`{name}` runs over the channels")

@@ -1,0 +1,65 @@
+"""Layers with a parameter or statistic per channel; and those that mix channels, which freeze."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.fx import Node
+from torchvision.ops import FrozenBatchNorm2d
+
+from fxprune.flow import Flow, Value, opaque, rule
+from fxprune.graph import op_name
+from fxprune.labels import Label
+from fxprune.rules.contraction import channel_ids
+from fxprune.rules.elementwise import tensor_args
+
+
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, FrozenBatchNorm2d)
+def normalise_each(flow: Flow, node: Node) -> Value:
+    """Batch and instance norm: a parameter and statistics per channel, axis 1."""
+    x = flow.of(node.args[0])
+    assert x is not None
+    module = flow.traced.module(node)
+    return _per_channel(flow, node, x, [*module._parameters.values(), *module._buffers.values()])
+
+
+@rule(nn.PReLU)
+def prelu(flow: Flow, node: Node) -> Value:
+    """One slope for all, or one per channel."""
+    x = flow.of(node.args[0])
+    assert x is not None
+    weight = flow.traced.module(node)._parameters["weight"]
+    return x if weight is None or weight.numel() == 1 else _per_channel(flow, node, x, [weight])
+
+
+def _per_channel(flow: Flow, node: Node, x: Label, own: Sequence[Tensor | None]) -> Label:
+    ids = channel_ids(flow, node, x, 1)
+    for t in own:
+        if t is not None and t.dim() == 1:
+            flow.ledger.slot(flow.ledger.tensors.name(t), 0, "out", ids, node)
+    return x
+
+
+@rule("batch_norm", "instance_norm", "prelu")
+def functional_per_channel(flow: Flow, node: Node) -> Value:
+    """F.batch_norm and friends: vectors of the graph act on axis 1."""
+    x, *own = [flow.of(n) for n in tensor_args(node)]
+    assert x is not None
+    ids = channel_ids(flow, node, x, 1)
+    for label in own:
+        if label is not None and label.ids.numel() > 1:
+            flow.ledger.couple(ids, label.ids.flatten(), node)
+        elif label is not None and math.prod(label.shape) > 1:
+            flow.ledger.freeze(ids, node, "it is scaled by a tensor that cannot be cut")
+    return x
+
+
+@rule("layer_norm", "group_norm", "rms_norm", "local_response_norm", "normalize", "glu")
+@rule(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.GLU)
+def mixes_channels(flow: Flow, node: Node) -> Value:
+    """Statistics taken across channels change with them: frozen."""
+    name = op_name(node) or type(flow.traced.module(node)).__name__
+    return opaque(flow, node, f"`{name}` computes with several channels at once")

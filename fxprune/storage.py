@@ -1,0 +1,130 @@
+"""Save and load pruned networks: one safetensors file with weights, plan and checksum, no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.checkpoint import read_tensors, write_tensors
+from fxprune.errors import CheckpointError, OptionTypeError, PlanError
+from fxprune.plan import Plan
+from fxprune.pruned import InputSpec, PrunedModule, stamp_of
+
+_HEADER = {"plan", "front_end", "inputs", "sha256"}
+
+
+def save(pruned: PrunedModule, path: str | Path) -> None:
+    """Write weights, plan and input shapes to one safetensors file, crash-safe.
+
+    Saving twice gives the same bytes. A network trained since it was cut is recorded with
+    `weights: "changed"`. Raises CheckpointError, with the old file intact.
+    """
+    if not isinstance(pruned, PrunedModule):
+        raise OptionTypeError(
+            f"save was given a {type(pruned).__name__}",
+            where="pruned",
+            why="it writes what fxprune.compile, apply or load returned",
+            fix="save other models with safetensors.torch.save_model",
+        )
+    plan = pruned.plan
+    if plan.weights == "cut" and stamp_of(pruned) != pruned.origin.stamp:
+        plan = replace(plan, weights="changed")
+    header = {
+        "plan": plan.to_dict(),
+        "front_end": pruned.origin.front_end,
+        "inputs": [{"shape": list(s.shape), "dtype": s.dtype} for s in pruned.origin.inputs],
+    }
+    write_tensors(path, unique_tensors(pruned), header)
+
+
+def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state_dict, each once, under its first name."""
+    state = module.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    unique: dict[str, Tensor] = {}
+    for name, t in state.items():
+        if isinstance(t, Tensor) and id(t) not in seen:
+            seen.add(id(t))
+            unique[name] = t.detach()
+    return unique
+
+
+def read(path: str | Path) -> tuple[Plan, str, tuple[InputSpec, ...], dict[str, Tensor]]:
+    """Plan, front end, input specs and tensors of a file; CheckpointError for anything else."""
+    header, tensors = read_tensors(path)
+    try:
+        if set(header) != _HEADER:
+            raise PlanError(f"its header has the keys {sorted(header)}")
+        plan = Plan.from_dict(header["plan"])
+        inputs = tuple(_input(spec) for spec in header["inputs"])
+    except (PlanError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"`{path}` holds no valid plan: {str(error).splitlines()[0]}",
+            where=str(path),
+            why="the file was written by something else, or altered",
+            fix="save the network again with fxprune.save",
+        ) from error
+    return plan, str(header["front_end"]), inputs, tensors
+
+
+def _input(spec: Mapping[str, Any]) -> InputSpec:
+    shape, dtype = spec["shape"], spec["dtype"]
+    sizes_ok = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)
+    if set(spec) != {"shape", "dtype"} or not sizes_ok or not _is_dtype(dtype):
+        raise PlanError("it holds a bad input spec")
+    return InputSpec(tuple(shape), dtype)
+
+
+def _is_dtype(name: object) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def fill(pruned: PrunedModule, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Put the file's tensors in place: its dtype, the network's device, layout and flags."""
+    expected = unique_tensors(pruned)
+    for name in [*expected, *tensors]:
+        a, b = expected.get(name), tensors.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+            raise CheckpointError(
+                f"`{path}` does not fit: `{name}` is {shapes[1] or 'missing'} in the file",
+                where=f"tensor {name}",
+                why=f"the plan makes it {shapes[0] or 'no part of the network'}",
+                fix="load it with the architecture that it was saved from",
+            )
+    new = {id(expected_t): tensors[name] for name, expected_t in _held(pruned).items()}
+    made: dict[int, Tensor] = {}
+    for module in pruned.modules():
+        for store in (module._parameters, module._buffers):
+            for key, old in store.items():
+                if old is not None and id(old) in new:
+                    if id(old) not in made:
+                        made[id(old)] = _placed(new[id(old)], old)
+                    store[key] = made[id(old)]  # type: ignore[assignment]
+
+
+def _held(pruned: PrunedModule) -> dict[str, Tensor]:
+    state = pruned.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    held: dict[str, Tensor] = {}
+    for name, t in state.items():
+        if isinstance(t, Tensor) and id(t) not in seen:
+            seen.add(id(t))
+            held[name] = t
+    return held
+
+
+def _placed(t: Tensor, like: Tensor) -> Tensor:
+    layout = torch.preserve_format
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():  # fmt: skip
+        layout = torch.channels_last
+    device = "cpu" if like.is_meta else like.device
+    t = t.to(device, memory_format=layout)
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(t, requires_grad=like.requires_grad)
+    return t

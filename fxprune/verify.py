@@ -1,0 +1,81 @@
+"""Does the pruned network compute what the masked original computes? In numbers, or an error."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import VerifyError
+
+BOUND_64, BOUND_32 = 1e-9, 1e-4
+
+
+def verify(masked: nn.Module, pruned: nn.Module, example_inputs: tuple[Any, ...]) -> str:
+    """Compare both in eval mode on the example input; returns a sentence for the report.
+
+    max|a - b| / max|a| must stay within 1e-9 in float64; where float64 cannot run, within 1e-4 in
+    float32, and the sentence says so. Raises VerifyError otherwise; the arguments are not changed.
+    """
+    try:
+        error = _difference(masked, pruned, example_inputs, torch.float64)
+        bound, dtype = BOUND_64, "float64"
+    except VerifyError:
+        raise
+    except Exception as reason:  # whatever an operation without a float64 form raises
+        error = _difference(masked, pruned, example_inputs, torch.float32)
+        bound, dtype = BOUND_32, f"float32 (float64 cannot run: {str(reason).splitlines()[0][:80]})"
+    if not error <= bound:
+        raise VerifyError(
+            f"the pruned network differs from the masked original by {error:.3g} (bound {bound:g})",
+            where=f"outputs on the example input, {dtype}",
+            why="the trace or a rewrite is wrong for this model: nothing is returned",
+            fix="please report it with the model; ignore=... the layers concerned until then",
+        )
+    return f"max relative difference {error:.2g} in {dtype} against the masked original (bound {bound:g})"
+
+
+def _difference(
+    masked: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype
+) -> float:
+    a = _outputs(masked, inputs, dtype)
+    b = _outputs(pruned, inputs, dtype)
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        raise VerifyError(
+            "the pruned network returns something of another shape than the original",
+            where=f"{[tuple(x.shape) for x in a]} against {[tuple(y.shape) for y in b]}",
+        )
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if not bool(torch.isfinite(x).all()):
+            raise VerifyError(
+                "the masked original returns NaN or infinity on the example input",
+                why="nothing can be compared then",
+                fix="pass other example_inputs, or verify=False",
+            )
+        scale = float(x.abs().max()) if x.numel() else 0.0
+        gap = float((x - y).abs().max()) if x.numel() else 0.0
+        worst = max(worst, gap / scale if scale else gap) if gap == gap else float("nan")
+    return worst
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Floating outputs of a copy in eval mode at the given dtype."""
+    model = copy.deepcopy(model).to(dtype)
+    for module in model.modules():
+        module.training = False
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def cast(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        return v.to(device, dtype) if v.is_floating_point() else v.to(device)
+
+    with torch.no_grad():
+        outputs = model(*pytree.tree_map(cast, inputs))
+    return [
+        t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
