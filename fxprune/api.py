@@ -192,7 +192,7 @@ def _apply(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], notes: list[st
             why=f"fxprune {plan.fxprune_version} made it; this version only slices and folds",
             fix="use the version that made the plan",
         )
-    _check_tensors(model, plan)
+    _check_tensors(model, plan)  # guard: fingerprint -> tests/test_bad_input.py -k architecture
     steps = pipeline.Progress(False)
     with steps.step("analyse"):
         analysis = _analyze(model, inputs)

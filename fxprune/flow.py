@@ -88,7 +88,8 @@ def flow_through(traced: Traced, whole_groups: Mapping[str, bool] = MappingProxy
     for node in traced.graph.nodes:
         flow.labels[node] = _visit(flow, node)
         for label in pytree.tree_leaves(flow.labels[node]):
-            if isinstance(label, Label) and len(label.varying) > 1:
+            several = isinstance(label, Label) and len(label.varying) > 1
+            if several:  # guard: rectangles -> tests/test_law.py -k shuffle_view
                 flow.ledger.arrays.append(label.ids)
     return flow
 
@@ -98,10 +99,8 @@ def _visit(flow: Flow, node: Node) -> Value:
         return uncut_like(value_of(node))
     if node.op == "get_attr":
         return _attribute(flow, node)
-    if node.op == "output":
-        for label in flow.inputs(
-            node
-        ):  # guard: outputs keep their channels -> tests/test_groups.py
+    if node.op == "output":  # guard: outputs stay -> tests/test_groups.py -k outputs
+        for label in flow.inputs(node):
             flow.ledger.freeze(label.ids, node, "outputs of the model keep their channels")
         return None
     if node.op == "call_module":
@@ -118,9 +117,11 @@ def _visit(flow: Flow, node: Node) -> Value:
 def _visit_module(flow: Flow, node: Node) -> Value:
     module = flow.traced.module(node)
     name = type(module).__name__
-    if node.target in flow.traced.hooked:  # guard: hooks on a layer -> tests/test_bad_input.py
+    if node.target in flow.traced.hooked:  # guard: hooks -> tests/test_bad_input.py -k hook
         return opaque(flow, node, f"`{node.target}` has hooks that may change what it computes")
-    if hasattr(module, "parametrizations"):  # guard: parametrized -> tests/test_bad_input.py
+    if hasattr(
+        module, "parametrizations"
+    ):  # guard: parametrized -> tests/test_bad_input.py -k param
         why = f"`{node.target}` is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
         return opaque(flow, node, why + " makes it prunable")
     found = RULES.get(type(module))
@@ -129,7 +130,7 @@ def _visit_module(flow: Flow, node: Node) -> Value:
     for key, t in [*module._parameters.items(), *module._buffers.items()]:
         if t is not None and t.dim() and (why := unsliceable(t)):
             return opaque(flow, node, f"`{node.target}.{key}` is {why}")
-    if "weight" in vars(module):  # guard: old weight_norm -> tests/test_bad_input.py
+    if "weight" in vars(module):  # guard: computed weight -> tests/test_bad_input.py -k norm
         return opaque(flow, node, f"`{node.target}.weight` is computed, not a parameter")
     return found(flow, node)
 
@@ -152,7 +153,7 @@ def uncut_like(value: Any) -> Value:
 
 def opaque(flow: Flow, node: Node, why: str) -> Value:
     """Freeze all channels that reach the node; what leaves it cannot be cut."""
-    for label in flow.inputs(node):
+    for label in flow.inputs(node):  # guard: unknown freezes -> tests/test_groups.py -k unknown
         flow.ledger.freeze(label.ids, node, why)
     return uncut_like(value_of(node))
 

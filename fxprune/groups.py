@@ -198,12 +198,12 @@ def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
     With a lineage, channels that were coupled in the first original stay coupled.
     """
     flow = flow_through(traced, lineage.whole_groups if lineage else {})
-    if lineage is not None:
+    if lineage is not None:  # guard: cuts compose -> tests/test_roundtrips.py -k compos
         _couple_as_before(flow, lineage)
     class_of = _classes(flow)
     stays = np.zeros(class_of.max() + 1, dtype=bool)
     stays[class_of[UNCUT]] = True
-    for freeze in flow.ledger.frozen:  # guard: frozen ids stay -> tests/test_law.py
+    for freeze in flow.ledger.frozen:  # guard: frozen stay -> tests/test_groups.py
         stays[class_of[freeze.ids.numpy()]] = True
     return Analysis(
         traced,
@@ -250,7 +250,7 @@ def _classes(flow: Flow) -> Array:
         fixed = class_of[UNCUT]
         frozen = {int(c) for f in ledger.frozen for c in class_of[f.ids.numpy()]}
         new = [pair for ids in arrays for pair in _to_rectangle(ids, class_of, fixed, frozen)]
-        if not new:  # guard: rectangles -> tests/test_law.py
+        if not new:
             return class_of
         pairs += new
 
@@ -355,7 +355,7 @@ def _reasons(flow: Flow) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for freeze in flow.ledger.frozen:
         if bool((freeze.ids != UNCUT).any()):
-            where = place(freeze.node)
+            where = "" if freeze.node.op == "output" else place(freeze.node)
             text = f"{freeze.why} ({where})" if where else freeze.why
             reasons.setdefault(freeze.node.name, text)
     return reasons

@@ -135,7 +135,7 @@ class Ledger:
         a, b = torch.broadcast_tensors(a, b)
         a, b = a.flatten(), b.flatten()
         fixed = (a == UNCUT) | (b == UNCUT)
-        if bool(fixed.any()):
+        if bool(fixed.any()):  # guard: meets what stays -> tests/test_law.py
             reason = why or "it meets channels that cannot be cut"
             self.freeze(torch.maximum(a, b)[fixed], node, reason)
             a, b = a[~fixed], b[~fixed]
@@ -156,7 +156,7 @@ class Ledger:
         axes = [d for d in axes if d in label.varying]
         if not axes:
             return label
-        if axes == label.varying:
+        if axes == label.varying:  # guard: whole axes -> tests/test_law.py -k mixes
             self.freeze(label.ids, node, why)
             return uncut(label.shape)
         return Label(label.shape, self.couple_along(label.ids, axes, node, why))
@@ -172,10 +172,7 @@ class Ledger:
         blocks: int = 1,
         producer: bool = False,
     ) -> Tensor:
-        """The tensor's dimension holds these ids; a tensor met twice couples its two uses.
-
-        guard-free by construction: one slot per (storage, dim), however often it is called.
-        """
+        """The tensor's dimension holds these ids; a tensor met twice couples its two uses."""
         assert name is not None
         known = self.slots.get((name, dim))
         if known is not None:
@@ -184,10 +181,11 @@ class Ledger:
                 self.freeze(known.ids, node, why)
                 self.freeze(ids, node, why)
                 return known.ids
-            self.couple(known.ids, ids, node, f"`{name}` is shared with a use that cannot be cut")
+            why = f"`{name}` is shared with a use that cannot be cut"
+            self.couple(known.ids, ids, node, why)  # guard: shared -> tests/test_law.py -k shared
             return known.ids
         self.slots[name, dim] = Slot(name, dim, role, ids, blocks, producer)
-        if name in self.tensors.overlapping:
+        if name in self.tensors.overlapping:  # guard: overlap -> tests/test_bad_input.py -k memory
             other = self.tensors.overlapping[name]
             self.freeze(ids, node, f"`{name}` shares memory with a part of `{other}`")
         return ids

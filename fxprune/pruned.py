@@ -48,16 +48,18 @@ class Origin:
 
 def stamp_of(module: nn.Module) -> int:
     """A cheap checksum of all tensors of a state_dict: any training changes it."""
-    sums = []
-    for name, t in sorted(module.state_dict().items()):
-        if isinstance(t, Tensor) and not t.is_meta and t.numel() and t.layout is torch.strided:
-            bits = t.detach().reshape(-1).view(torch.uint8) if t.dtype == torch.bool else t.detach()
-            whole = bits.contiguous().view(_BITS[bits.element_size()]) if bits.element_size() in _BITS else bits  # fmt: skip
-            sums.append((name, int(whole.sum(dtype=torch.int64))))
-    return hash(tuple(value for _, value in sums))
+    state = sorted((k, v) for k, v in module.state_dict().items() if isinstance(v, Tensor))
+    return hash(tuple(_bits(t) for _, t in state))
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _bits(t: Tensor) -> int:
+    """The sum of a tensor's memory as whole numbers; 0 where there is no memory to look at."""
+    if t.is_meta or t.layout is not torch.strided or not t.numel():
+        return 0
+    raw = t.detach().contiguous().view(-1).view(torch.uint8)
+    raw = raw.clone() if raw.storage_offset() % 8 else raw
+    words = len(raw) // 8 * 8
+    return int(raw[:words].view(torch.int64).sum()) + int(raw[words:].sum())
 
 
 class PrunedModule(GraphModule):
@@ -81,32 +83,30 @@ class PrunedModule(GraphModule):
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild, arguments = super().__reduce__()
-        return _rebuild, (rebuild, arguments, _modes(self))
+        return _rebuild, super().__reduce__()
 
 
 def _modes(module: nn.Module) -> dict[str, bool]:
     return {name: m.training for name, m in module.named_modules()}
 
 
-def _rebuild(rebuild: Any, arguments: tuple[Any, ...], modes: dict[str, bool]) -> PrunedModule:
-    """Unpickle: the graph is traced again from its code, then everything else is put back."""
+def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> PrunedModule:
+    """Unpickle: the graph is traced again from its code; layers and all else are as they were."""
     plain = rebuild(*arguments)
-    plain.graph._codegen = copy.copy(plain.graph._codegen)
     new = PrunedModule(plain, plain.graph, type(plain).__name__)
-    state = arguments[0]
-    for name, value in state.items():
-        if name not in new.__dict__ and name not in ("_code", "_graph"):
-            new.__dict__[name] = value
-    for path, container in plain.named_modules():
-        if path:  # containers lose their non-persistent marks when modules are rebuilt
-            new.get_submodule(path)._non_persistent_buffers_set = set(
-                container._non_persistent_buffers_set
-            )
-    new._non_persistent_buffers_set = set(state.get("_non_persistent_buffers_set", ()))
-    for name, module in new.named_modules():
-        module.training = modes.get(name, module.training)
+    state = {k: v for k, v in arguments[0].items() if k not in _OF_THE_CODE}
+    new.__dict__.update(state)
     return new
+
+
+_OF_THE_CODE = (
+    "_graph",
+    "_code",
+    "_lineno_map",
+    "_prologue_start",
+    "_tracer_cls",
+    "_tracer_extras",
+)
 
 
 def _carry(old: PrunedModule, new: PrunedModule, memo: dict[int, Any]) -> None:

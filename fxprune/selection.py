@@ -63,8 +63,8 @@ def _per_class(analysis: Analysis, slot: Slot, position: Array, count: int) -> T
     return out.squeeze(1) if most == 1 else out
 
 
-def rank(analysis: Analysis, group: Group, method: Method, align: int) -> Ranked:
-    """Order a group's classes by score, what a piece needs first; ties: lower index stays."""
+def rank(analysis: Analysis, group: Group, method: Method) -> Array:
+    """A group's classes by score, the one that stays longest first; ties: lower index stays."""
     weights = group_weights(analysis, group)
     try:
         scores = torch.as_tensor(method.scores(group, weights)).detach().flatten().double().cpu()
@@ -81,21 +81,30 @@ def rank(analysis: Analysis, group: Group, method: Method, align: int) -> Ranked
             where="method",
             fix="return one finite score per channel, the higher the longer it stays",
         )
-    order = group.classes[np.argsort(-scores.numpy(), kind="stable")]
-    protected = _protected(analysis, group, order)
-    order = np.concatenate([order[protected], order[~protected]])
-    return Ranked(group, order, allowed_counts(analysis, group, int(protected.sum()), align))
+    order: Array = group.classes[np.argsort(-scores.numpy(), kind="stable")]
+    return order
 
 
-def _protected(analysis: Analysis, group: Group, order: Array) -> Array:
-    """Marks, in `order`, the best class of every piece that lies within the group."""
-    marked = np.zeros(len(order), dtype=bool)
-    rank_of = {int(c): i for i, c in enumerate(order)}
+def protect(
+    analysis: Analysis, groups: Sequence[Group], orders: Sequence[Array], align: int
+) -> list[Ranked]:
+    """Put the best class of every piece first: one of each must stay, and pieces span groups."""
+    height = np.full(
+        len(analysis.stays), -1.0
+    )  # 0: the best of its group; below 0: not up for choice
+    for order in orders:
+        height[order] = np.arange(len(order)) / len(order)
+    marked = np.zeros(len(analysis.stays), dtype=bool)
     for piece in analysis.pieces:
-        places = [rank_of[int(c)] for c in piece if int(c) in rank_of]
-        if len(places) == len(piece) and not marked[places].any():
-            marked[min(places)] = True
-    return marked
+        needs_one = (height[piece] >= 0).all() and not marked[piece].any()
+        if needs_one:  # guard: pieces keep one -> tests/test_groups.py -k piece
+            marked[piece[np.argmin(height[piece])]] = True
+    ranked = []
+    for group, order in zip(groups, orders, strict=True):
+        first = marked[order]
+        counts = allowed_counts(analysis, group, int(first.sum()), align)
+        ranked.append(Ranked(group, np.concatenate([order[first], order[~first]]), counts))
+    return ranked
 
 
 # What may be cut
@@ -191,7 +200,7 @@ def check_finite(analysis: Analysis) -> None:
             )
         if t.is_floating_point() and not bool(torch.isfinite(t.detach().sum())):
             bad = int((~torch.isfinite(t.detach())).sum())
-            if bad:
+            if bad:  # guard: not finite -> tests/test_bad_input.py -k nan
                 raise PlanError(
                     f"`{name}` has {bad} values that are NaN or infinite",
                     where=f"parameter {name}",
@@ -209,15 +218,11 @@ def select(
     ignore: Ignore = (),
     align: int = 1,
     seed: int = 0,
-    on_group: Callable[[str], None] = lambda name: None,
 ) -> tuple[Plan, Array]:
     """Rank every group, fit the budget or the ratio, and write the plan down."""
     groups = choose_groups(analysis, scope, ignore)
     check_finite(analysis)
-    ranked = []
-    for group in groups:
-        ranked.append(rank(analysis, group, method, align))
-        on_group(group.name)
+    ranked = protect(analysis, groups, [rank(analysis, g, method) for g in groups], align)
     cost = Cost.of(analysis)
     if budget is None and method.ratio is not None:
         counts = by_ratio(ranked, method.ratio)
@@ -337,14 +342,14 @@ def _check_coupled(analysis: Analysis, name: str, slot: Slot, stays: Array) -> N
     """Rows of one class go together, frozen ones stay."""
     classes = analysis.classes(slot.ids)
     frozen = np.flatnonzero(analysis.stays[classes] & ~stays)
-    if len(frozen):
+    if len(frozen):  # guard: frozen by hand -> tests/test_groups.py -k outputs
         raise PlanError(
             f"channel {frozen[0]} of `{name}` cannot be removed",
             where=f"`{slot.tensor}` dimension {slot.dim}",
             why=why_frozen(analysis, int(classes[frozen[0]])),
         )
     torn = np.flatnonzero(stays & np.isin(classes, classes[~stays]))
-    if len(torn):
+    if len(torn):  # guard: coupled by hand -> tests/test_bad_input.py -k coupled
         partner = next(i for i in np.flatnonzero(~stays) if classes[i] == classes[torn[0]])
         raise PlanError(
             f"channels {torn[0]} and {partner} of `{name}` are coupled: keep both or neither",
@@ -363,7 +368,7 @@ def why_frozen(analysis: Analysis, cls: int) -> str:
 def check_mask(analysis: Analysis, keep: Array) -> None:
     """Every tensor and every part of a split keeps something."""
     for piece in analysis.pieces:
-        if not keep[piece].any():
+        if not keep[piece].any():  # guard: empty by hand -> tests/test_groups.py -k piece
             names = [
                 s.tensor for s in analysis.slots if np.isin(analysis.classes(s.ids), piece).any()
             ]
@@ -399,7 +404,7 @@ def mask_of(analysis: Analysis, plan: Plan) -> Array:
     complete = {(s.tensor, s.dim): s for s in slices_of(analysis, keep) if s.tensor in known}
     given = {(s.tensor, s.dim): s for s in plan.slices}
     for key, s in complete.items():
-        if given.get(key) != s:
+        if given.get(key) != s:  # guard: incomplete -> tests/test_bad_input.py -k incomplete
             raise PlanError(
                 f"the plan is incomplete: `{s.tensor}` dimension {s.dim} must be cut too",
                 where=f"`{s.tensor}`",

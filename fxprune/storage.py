@@ -15,7 +15,7 @@ from fxprune.errors import CheckpointError, OptionTypeError, PlanError
 from fxprune.plan import Plan
 from fxprune.pruned import InputSpec, PrunedModule, stamp_of
 
-_HEADER = {"plan", "front_end", "inputs", "sha256"}
+_HEADER = {"plan", "front_end", "inputs"}
 
 
 def save(pruned: PrunedModule, path: str | Path) -> None:

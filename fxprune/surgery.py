@@ -7,7 +7,7 @@ and tying stay as they were; kept entries are the original's, bit for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from fxprune.graph import Tensors
 from fxprune.plan import Slice
 
 
-def cut_tensor(t: Tensor, slices: Iterable[Slice]) -> Tensor:
+def cut_tensor(t: Tensor, slices: Sequence[Slice]) -> Tensor:
     """The kept entries of a tensor, in memory of their own."""
     out = t.detach()
-    for s in sorted(slices, key=lambda s: -s.dim):  # blocked dimensions count dim 0's rows: first
+    blocked = {s.dim for s in slices if s.size != t.shape[s.dim]}  # these count dim 0's rows: first
+    for s in sorted(slices, key=lambda s: (s.dim not in blocked, s.dim)):
         keep = torch.tensor(s.keep, device=out.device)
         if s.size == t.shape[s.dim]:
             out = out.index_select(s.dim, keep)

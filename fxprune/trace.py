@@ -407,7 +407,7 @@ def _check_hooks(model: nn.Module) -> frozenset[str]:
             (kept if leaf else lost).append(name or type(model).__name__)
         if not leaf:
             stack.extend((f"{name}.{k}".lstrip("."), m) for k, m in module.named_children())
-    if lost:
+    if lost:  # guard: lost hooks -> tests/test_bad_input.py -k hook
         raise TraceError(
             f"the model has hooks that tracing would lose, on {', '.join(sorted(lost))}",
             where=f"module {sorted(lost)[0]}",

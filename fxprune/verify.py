@@ -28,7 +28,7 @@ def verify(masked: nn.Module, pruned: nn.Module, example_inputs: tuple[Any, ...]
     except Exception as reason:  # whatever an operation without a float64 form raises
         error = _difference(masked, pruned, example_inputs, torch.float32)
         bound, dtype = BOUND_32, f"float32 (float64 cannot run: {str(reason).splitlines()[0][:80]})"
-    if not error <= bound:
+    if not error <= bound:  # guard: verify -> tests/test_bad_input.py -k verify
         raise VerifyError(
             f"the pruned network differs from the masked original by {error:.3g} (bound {bound:g})",
             where=f"outputs on the example input, {dtype}",

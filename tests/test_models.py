@@ -38,10 +38,9 @@ def alive(name: str, size: int) -> nn.Module:
             m.momentum = 1.0
             m.weight.uniform_(0.5, 1.5).mul_(torch.randn_like(m.weight).sign())
             m.bias.normal_(0, 0.3)
-        model.train()
-        for m in model.modules():
-            if isinstance(m, nn.Dropout):
-                m.eval()
+        model.eval()  # no dropout, no auxiliary heads
+        for m in norms:
+            m.train()
         model(torch.randn(4, 3, size, size, dtype=torch.float64))
         for m in norms:
             m.running_mean.add_(torch.randn_like(m.running_mean) * m.running_var.sqrt() * 0.3)

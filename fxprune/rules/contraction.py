@@ -59,7 +59,7 @@ def contract(flow: Flow, node: Node, x: Label, w: Weight, axis: int) -> Label:
         rows = ledger.slot(w.name, dim_out, "out", rows, node, blocks=blocks_out, producer=producer)
         columns = ledger.slot(w.name, dim_in, "in", columns, node, blocks=blocks_in)
         if w.groups > 1:
-            for ids in (columns, rows):  # guard: same positions in every group -> tests/test_law.py
+            for ids in (columns, rows):  # guard: same positions -> tests/test_law.py -k grouped
                 ledger.couple_along(ids.view(w.groups, -1), [0], node, "of a grouped convolution")
     if w.bias is not None:
         ledger.slot(w.bias, 0, "out", bias.ids if bias else rows, node)
@@ -92,9 +92,10 @@ def _whole_groups(flow: Flow, node: Node, w: Weight, columns: Tensor, n_out: int
     blocks = rows.view(w.groups, -1)
     ledger.couple_along(blocks, [1], node, "of a grouped convolution")
     inputs = columns.view(w.groups, -1)
-    ledger.couple(  # guard: a group's inputs and outputs go together -> tests/test_law.py
-        inputs, blocks[:, :1], node, "part of a group's inputs cannot be cut"
-    )
+    why = "part of a group's inputs cannot be cut"
+    ledger.couple(
+        inputs, blocks[:, :1], node, why
+    )  # guard: whole groups -> tests/test_law.py -k depth
     return rows if not w.transposed else blocks[:, :1].expand(-1, n_out // w.groups).flatten()
 
 

@@ -77,7 +77,7 @@ def join(flow: Flow, node: Node, labels: Sequence[Label], shape: tuple[int, ...]
         return Label(shape, single[0].ids) if single else uncut(shape)
     leader = max(full, key=lambda label: label.ids.numel())
     for other in full:
-        if other is not leader:  # guard: elementwise couples -> tests/test_law.py
+        if other is not leader:  # guard: elementwise -> tests/test_groups.py -k residual
             flow.ledger.couple(
                 leader.ids, other.ids, node, "it meets a tensor whose channels cannot be cut"
             )

@@ -70,10 +70,9 @@ def pieces(flow: Flow, node: Node) -> Value:
 
 def _all_stay(flow: Flow, value: Value) -> Value:
     """Of every part, at least one channel must stay."""
-    for label in pytree.tree_leaves(value):
-        if (
-            isinstance(label, Label) and not label.uncut
-        ):  # guard: no empty part -> tests/test_law.py
+    labels = [v for v in pytree.tree_leaves(value) if isinstance(v, Label)]
+    for label in labels:  # guard: no empty part -> tests/test_groups.py -k piece
+        if not label.uncut:
             flow.ledger.pieces.append(label.ids.flatten())
     return value
 
@@ -210,7 +209,10 @@ def channel_shuffle(flow: Flow, node: Node) -> Value:
     else:
         groups = arguments(node, "input", "groups")["groups"]
     ids = channel_ids(flow, node, x, 1)
-    flow.ledger.couple_along(ids.view(groups, -1), [0], node, "of a channel shuffle")
+    blocks = ids.view(groups, -1)
+    flow.ledger.couple_along(
+        blocks, [0], node, ""
+    )  # guard: shuffle -> tests/test_law.py -k shuffle
     return move(flow, node)
 
 

@@ -29,7 +29,7 @@ def size(flow: Flow, node: Node) -> Value:
     if x is None or isinstance(value_of(node), int):
         return None
     for user in node.users:
-        if not _size_is_safe(user, node, x):  # guard: sizes used whole -> tests/test_groups.py
+        if not _size_is_safe(user, node, x):  # guard: whole shapes -> tests/test_groups.py -k shape
             flow.ledger.freeze(x.ids, user, "its shape is used as a whole")
     return None
 

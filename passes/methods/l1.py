@@ -39,5 +39,7 @@ class L1:
 @register("l1", L1)
 def l1_scores(group: Any, weights: Sequence[Tensor], config: L1) -> Tensor:
     """Scores [C], highest stay; weights are the group's producers, each [C, ...]."""
-    s = sum((F.abs().flatten(1).sum(1) for F in weights), torch.zeros(len(group)))  # s_j, [C]
+    s = torch.zeros(len(group))  # s_j, [C]
+    for F in weights:
+        s = s + torch.linalg.vector_norm(F.flatten(1), ord=1, dim=1)
     return s if config.order == "smallest" else -s
