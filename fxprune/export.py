@@ -67,10 +67,14 @@ def _inputs(model: nn.Module, given: Tensor | tuple[Any, ...] | None) -> tuple[A
 
 def _two_of_each(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Batch 1 would be taken for a constant: double it."""
-    return pytree.tree_map(
-        lambda v: torch.cat([v, v.flip(0)]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v,
-        tuple(v.cpu() if isinstance(v, Tensor) else v for v in inputs),
-    )  # fmt: skip
+
+    def double(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        v = v.cpu()
+        return torch.cat([v, v.flip(0)]) if v.dim() and len(v) == 1 else v
+
+    return tuple(pytree.tree_map(double, inputs))
 
 
 def _dynamic(inputs: tuple[Any, ...]) -> Any:

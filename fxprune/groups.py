@@ -70,7 +70,7 @@ class Analysis:
     groups: list[Group]
     frozen: dict[str, str]
     pieces: list[Array]  # classes of which at least one must stay
-    extra: dict[str, Any] = field(default_factory=dict)
+    _seen: dict[int, tuple[Tensor, Array]] = field(default_factory=dict, repr=False)
 
     @property
     def slots(self) -> list[Slot]:
@@ -78,9 +78,11 @@ class Analysis:
         return list(self.flow.ledger.slots.values())
 
     def classes(self, ids: Tensor) -> Array:
-        """Classes of an array of ids, same shape."""
-        classes: Array = self.class_of[ids.numpy()]
-        return classes
+        """Classes of an array of ids, same shape; read only."""
+        known = self._seen.get(id(ids))
+        if known is None:
+            known = self._seen[id(ids)] = ids, self.class_of[ids.numpy()]
+        return known[1]
 
     def everything(self) -> Array:
         """The mask that keeps all classes: bool [classes]."""
@@ -260,8 +262,9 @@ def _components(pairs: list[tuple[Array, Array]], count: int) -> Array:
         return np.arange(count)
     rows = np.concatenate([a for a, _ in pairs])
     cols = np.concatenate([b for _, b in pairs])
-    edges = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(count, count))
-    return connected_components(edges, directed=False)[1].astype(np.int64)
+    edges = coo_matrix((np.ones(len(rows), dtype=np.int32), (rows, cols)), shape=(count, count))
+    labels: Array = connected_components(edges, directed=False)[1].astype(np.int64)
+    return labels
 
 
 def _to_rectangle(

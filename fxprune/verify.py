@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -63,19 +62,26 @@ def _difference(
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Floating outputs of a copy in eval mode at the given dtype."""
-    model = copy.deepcopy(model).to(dtype)
-    for module in model.modules():
-        module.training = False
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Floating outputs in eval mode with every tensor at the given dtype; the model is put back."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
 
     def cast(v: Any) -> Any:
-        if not isinstance(v, Tensor):
-            return v
-        return v.to(device, dtype) if v.is_floating_point() else v.to(device)
+        return v.detach().to(device, dtype if v.is_floating_point() else v.dtype)
 
-    with torch.no_grad():
-        outputs = model(*pytree.tree_map(cast, inputs))
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            outputs = torch.func.functional_call(
+                model,
+                {name: cast(t) for name, t in tensors.items()},
+                pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, inputs),
+            )
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return [
         t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()
     ]

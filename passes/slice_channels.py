@@ -86,11 +86,14 @@ Rewrite = Callable[[Cut, Node], Any]  # gives the new node or number, or None fo
 def slices_of(analysis: Analysis, keep: Array) -> tuple[Slice, ...]:
     """What the mask of kept classes, bool [classes], cuts of each tensor, in graph order."""
     slices = []
+    shared: dict[bytes, tuple[int, ...]] = {}  # coupled tensors keep the same indices
     for s in analysis.slots:
         kept = keep[analysis.classes(s.ids)]
         if not kept.all():
-            indices = tuple(np.flatnonzero(kept).tolist())
-            slices.append(Slice(s.tensor, s.dim, s.role, s.size, indices))
+            key = kept.tobytes()
+            if key not in shared:
+                shared[key] = tuple(np.flatnonzero(kept).tolist())
+            slices.append(Slice(s.tensor, s.dim, s.role, s.size, shared[key]))
     return tuple(slices)
 
 
@@ -385,10 +388,9 @@ def _functional_conv(cut: Cut, node: Node) -> Any:
     if left == groups:
         return None
     kwargs = {k: cut.new(v) for k, v in args.values.items() if k not in ("input", "groups")}
+    assert callable(node.target)
     return cut.graph.call_function(
-        node.target,
-        (cut.new(args["input"]),),
-        {**kwargs, "groups": left},  # type: ignore[arg-type]
+        node.target, (cut.new(args["input"]),), {**kwargs, "groups": left}
     )
 
 
