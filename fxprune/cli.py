@@ -135,7 +135,7 @@ def _demo(console: Console, out: Path, seed: int, threads: int) -> dict[str, Any
     _step(
         console,
         2,
-        f"Prune to {_BUDGET:.0%} of the MACs: the filters of least L1 norm go; widths stay multiples of {_ALIGN}.",
+        f"Prune to {_BUDGET:.0%} of the MACs: filters of least L1 norm go, {_ALIGN} at a time.",
     )
     with _timed() as took:
         pruned = api.compile(

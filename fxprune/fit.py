@@ -106,7 +106,7 @@ def train(
 
     loader:   yields (input, target): float [N, ...] and int64 [N], moved to the model's device;
               iterated once per epoch.
-    progress: a bar on stderr.
+    progress: a bar on stderr, where that is a terminal.
     on_epoch: called as on_epoch(epochs done, mean loss) after every epoch.
     OptionError when the loader is empty or yields something else, FxPruneError when the loss is
     not finite; the model is then as before. Ctrl-C keeps what was trained so far.
@@ -285,7 +285,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _bar(progress: bool, epochs: int) -> Iterator[_Show]:
-    """What shows how far training is: a bar on stderr, or nothing."""
+    """What shows how far training is: a bar on a terminal, or nothing."""
     if not progress:
         yield lambda done, loss: None
         return
@@ -298,7 +298,9 @@ def _bar(progress: bool, epochs: int) -> Iterator[_Show]:
         TextColumn("epoch {task.fields[epoch]} of {task.total:.0f}, loss {task.fields[loss]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # a log file gets no bar, and no empty line in its place
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("training", total=epochs, epoch=1, loss="-")
 
         def show(done: float, loss: float) -> None:

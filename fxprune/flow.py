@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import get_path, op_name, value_of
+from fxprune.graph import first_argument, get_path, op_name, value_of
 from fxprune.labels import Label, Ledger, uncut
 from fxprune.trace import Traced, assertion
 
@@ -36,6 +36,11 @@ class Flow:
         """The label of an argument, or None where it is no tensor."""
         value = self.labels.get(arg) if isinstance(arg, Node) else None
         return value if isinstance(value, Label) else None
+
+    def first(self, node: Node) -> Label:
+        """The label of the first argument, which is a tensor."""
+        label = self.of(first_argument(node))
+        return label if label is not None else uncut(getattr(value_of(node), "shape", ()))
 
     def inputs(self, node: Node) -> list[Label]:
         """Labels of all tensors among the arguments."""
@@ -119,9 +124,8 @@ def _visit_module(flow: Flow, node: Node) -> Value:
     name = type(module).__name__
     if node.target in flow.traced.hooked:  # guard: hooks -> tests/test_bad_input.py -k hook
         return opaque(flow, node, f"`{node.target}` has hooks that may change what it computes")
-    if hasattr(
-        module, "parametrizations"
-    ):  # guard: parametrized -> tests/test_bad_input.py -k param
+    parametrized = hasattr(module, "parametrizations")
+    if parametrized:  # guard: parametrized -> tests/test_bad_input.py -k param
         why = f"`{node.target}` is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
         return opaque(flow, node, why + " makes it prunable")
     found = RULES.get(type(module))

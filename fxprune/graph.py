@@ -88,6 +88,11 @@ def arguments(node: Node, *names: str) -> Arguments:
     return Arguments(values)
 
 
+def first_argument(node: Node) -> Any:
+    """The first argument of a call, however it was passed."""
+    return next(iter((*node.args, *node.kwargs.values())), None)
+
+
 def varargs(node: Node, start: int = 1, keyword: str = "shape") -> list[Any] | Node:
     """Sizes passed as `f(x, 1, 2)`, `f(x, (1, 2))`, `f(x, size=...)`, or as one node."""
     rest = list(node.args[start:])

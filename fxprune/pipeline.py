@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from rich.console import Console
-from torch import nn
 
 from fxprune.errors import UnsupportedOpError
 from fxprune.groups import Analysis, Array, lineage_of
@@ -78,19 +75,10 @@ def cut(
     whole = compose(older.plan, plan, older.origin.lineage.keys) if older else plan
     pruned.plan = whole
     lineage = lineage_of(analysis, keep, older.origin.lineage if older else None)
-    if older:
-        lineage = replace(lineage, classes=_older_classes(analysis, keep, older, lineage.classes))
     pruned.origin = Origin(input_specs(traced.example_inputs), lineage, traced.front_end, 0)
     pruned.report = _report(analysis, plan, whole, keep, verified, notes)
     pruned.report.seconds = progress.seconds
     return pruned
-
-
-def _older_classes(
-    analysis: Analysis, keep: Array, older: PrunedModule, classes: Any
-) -> dict[tuple[str, int], Array]:
-    """Class numbers of a second analysis, made unique; they are coarser than the first one's."""
-    return {**older.origin.lineage.classes, **classes}
 
 
 def _report(
@@ -158,8 +146,3 @@ def sealed(pruned: PrunedModule) -> PrunedModule:
     """Note what the tensors are at this moment, so that later training is recognised."""
     pruned.origin = replace(pruned.origin, stamp=stamp_of(pruned))
     return pruned
-
-
-def same_modes(model: nn.Module) -> nn.Module:
-    """A deep copy (of a network that is already pruned)."""
-    return copy.deepcopy(model)

@@ -22,11 +22,12 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import arguments, constant, get_path, op_name, value_of, varargs
+from fxprune.graph import arguments, constant, first_argument, get_path, op_name, value_of, varargs
 from fxprune.groups import Analysis, Array
 from fxprune.labels import Label
 from fxprune.plan import Slice
 from fxprune.rules.movement import index_steps, pad_amounts
+from fxprune.rules.per_channel import channel_axis
 from fxprune.surgery import Surgeon, refit
 from fxprune.trace import ModeCall
 
@@ -146,10 +147,16 @@ def _layer(cut: Cut, node: Node, surgeon: Surgeon, root: dict[str, Any]) -> None
             stop = start + len(module.unflattened_size)
             new.unflattened_size = tuple(cut.sizes(label)[start:stop])
         return
-    label = cut.label(node.args[0]) if node.args else None
-    channels = cut.sizes(label)[1] if label is not None and len(label.shape) > 1 else None
+    label = cut.label(first_argument(node))
+    channels = None if label is None else _channels(cut, module, label)
     groups = {new: _groups(cut, module)} if isinstance(module, nn.modules.conv._ConvNd) else {}
     refit(new, groups, channels)
+
+
+def _channels(cut: Cut, module: nn.Module, label: Label) -> int | None:
+    """The channels that reach a norm."""
+    axis = channel_axis(module, len(label.shape))
+    return cut.sizes(label)[axis] if len(label.shape) > axis >= 0 else None
 
 
 def _groups(cut: Cut, module: nn.modules.conv._ConvNd) -> int:

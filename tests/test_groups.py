@@ -235,3 +235,16 @@ def test_ids_do_not_grow_with_pixels_or_batches():
     for label in analysis.flow.labels.values():
         if label is not None:
             assert label.ids.numel() <= 6
+
+
+def test_a_piece_that_no_layer_reads_alone_keeps_a_channel_too():
+    def pooled(m, x):
+        a, b = m.stem(x).split(3, 1)
+        return m.head(torch.cat([F.max_pool2d(a, 3, 1, 1), b], 1))
+
+    net = Apply(pooled, stem=nn.Conv2d(3, 6, 1), head=nn.Conv2d(6, 2, 1))
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(fxprune.PlanError, match="nothing of a part"):
+        fxprune.analyze(net, x).plan({"stem": [3, 4, 5]})
+    net.stem.weight.data[:3] *= 1e-3
+    assert min(fxprune.compile(net, x, budget=0.4).plan.keep("stem.weight", 0)) < 3

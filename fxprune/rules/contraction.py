@@ -93,9 +93,8 @@ def _whole_groups(flow: Flow, node: Node, w: Weight, columns: Tensor, n_out: int
     ledger.couple_along(blocks, [1], node, "of a grouped convolution")
     inputs = columns.view(w.groups, -1)
     why = "part of a group's inputs cannot be cut"
-    ledger.couple(
-        inputs, blocks[:, :1], node, why
-    )  # guard: whole groups -> tests/test_law.py -k depth
+    for column in inputs.unbind(1):  # guard: whole groups -> tests/test_law.py -k depthwise
+        ledger.couple(column, blocks[:, 0], node, why)
     return rows if not w.transposed else blocks[:, :1].expand(-1, n_out // w.groups).flatten()
 
 
@@ -121,8 +120,7 @@ def conv_module(flow: Flow, node: Node) -> Value:
     """A convolution layer."""
     module = flow.traced.module(node)
     assert isinstance(module, nn.modules.conv._ConvNd)
-    x = flow.of(node.args[0])
-    assert x is not None
+    x = flow.first(node)
     name = flow.ledger.tensors.name
     w = Weight(
         name(module.weight) or "",
@@ -139,8 +137,7 @@ def linear_module(flow: Flow, node: Node) -> Value:
     """A linear layer reads and writes the last axis."""
     module = flow.traced.module(node)
     assert isinstance(module, nn.Linear)
-    x = flow.of(node.args[0])
-    assert x is not None
+    x = flow.first(node)
     name = flow.ledger.tensors.name
     w = Weight(name(module.weight) or "", tuple(module.weight.shape), name(module.bias))
     return contract(flow, node, x, w, len(x.shape) - 1)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxprune.flow import Flow, Value, opaque, rule, uncut_like
-from fxprune.graph import arguments, constant, op_name, value_of
+from fxprune.graph import arguments, constant, first_argument, op_name, value_of
 from fxprune.labels import Label
 from fxprune.rules.elementwise import elementwise
 
@@ -29,7 +29,7 @@ def _spatial_rank(name: str) -> int | None:
 
 def spatial(flow: Flow, node: Node) -> Value:
     """Pooling, spatial padding, interpolation: channels stay, positions do not matter."""
-    x = flow.of(node.args[0] if node.args else node.kwargs.get("input"))
+    x = flow.of(first_argument(node))
     out = value_of(node)
     name = op_name(node) or type(flow.traced.module(node)).__name__
     if x is None or not isinstance(out, Tensor):
@@ -59,7 +59,7 @@ def reduction(flow: Flow, node: Node) -> Value:
     name = op_name(node)
     if name in ("max", "min") and len(flow.inputs(node)) > 1:
         return elementwise(flow, node)
-    x = flow.of(node.args[0] if node.args else node.kwargs.get("input"))
+    x = flow.of(first_argument(node))
     if x is None:
         return uncut_like(value_of(node))
     skip = ("input", "p") if name == "norm" else ("input",)
@@ -81,8 +81,7 @@ def reduction(flow: Flow, node: Node) -> Value:
 @rule(nn.Softmax, nn.LogSoftmax, nn.Softmin)
 def along_one_axis(flow: Flow, node: Node) -> Value:
     """Softmax and cumulative sums: the axis they run along must stay whole."""
-    x = flow.of(node.args[0])
-    assert x is not None
+    x = flow.first(node)
     if node.op == "call_module":
         name, dim = type(flow.traced.module(node)).__name__, flow.traced.module(node).dim
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -20,23 +21,30 @@ from fxprune.rules.elementwise import tensor_args
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, FrozenBatchNorm2d)
 def normalise_each(flow: Flow, node: Node) -> Value:
     """Batch and instance norm: a parameter and statistics per channel, axis 1."""
-    x = flow.of(node.args[0])
-    assert x is not None
+    x = flow.first(node)
     module = flow.traced.module(node)
-    return _per_channel(flow, node, x, [*module._parameters.values(), *module._buffers.values()])
+    own = [*module._parameters.values(), *module._buffers.values()]
+    return _per_channel(flow, node, x, own, channel_axis(module, len(x.shape)))
+
+
+def channel_axis(module: nn.Module, rank: int) -> int:
+    """1, but for instance norms of unbatched inputs."""
+    spatial = re.fullmatch(r"InstanceNorm(\d)d", type(module).__name__)
+    return rank - 1 - int(spatial[1]) if spatial else 1
 
 
 @rule(nn.PReLU)
 def prelu(flow: Flow, node: Node) -> Value:
     """One slope for all, or one per channel."""
-    x = flow.of(node.args[0])
-    assert x is not None
+    x = flow.first(node)
     weight = flow.traced.module(node)._parameters["weight"]
     return x if weight is None or weight.numel() == 1 else _per_channel(flow, node, x, [weight])
 
 
-def _per_channel(flow: Flow, node: Node, x: Label, own: Sequence[Tensor | None]) -> Label:
-    ids = channel_ids(flow, node, x, 1)
+def _per_channel(
+    flow: Flow, node: Node, x: Label, own: Sequence[Tensor | None], axis: int = 1
+) -> Label:
+    ids = channel_ids(flow, node, x, axis)
     for t in own:
         if t is not None and t.dim() == 1:
             flow.ledger.slot(flow.ledger.tensors.name(t), 0, "out", ids, node)
