@@ -17,21 +17,22 @@ PACKAGE_DIR = PYPROJECT["tool"]["setuptools"]["package-dir"]  # "fxprune.passes"
 # A module imports from rows above its own, and inside its row as long as nothing goes in circles.
 # A trailing .* stands for every module of a package that is not listed by itself.
 ROWS = [
-    ["errors"],
+    ["_version", "errors"],
     ["config", "plan", "report"],
     ["kernels.launch"],
     ["kernels.*"],
     ["kernels"],
     ["graph"],
-    ["trace", "labels", "rules", "groups", "cost", "budget", "selection"],
-    ["surgery", "mask", "optim", "distributed", "checkpoint", "latency"],
+    ["trace", "labels", "flow", "rules.*", "rules", "groups", "cost", "budget"],
+    ["surgery", "mask", "verify", "optim", "distributed", "checkpoint", "latency"],
     ["passes.methods.*"],
     ["passes.methods"],
     ["passes.*"],
-    ["passes", "pipeline", "pruner"],
+    ["passes", "selection", "pruned", "recalibrate", "inputs", "storage", "export"],
+    ["pipeline", "pruner"],
     ["api", "fit", "data", "zoo"],
-    ["cli"],
     [""],  # fxprune itself
+    ["cli"],  # a user of the public names
 ]
 # Imports inside a function that close a circle on purpose: a method of a result hands over to the
 # module that does the work, which in turn reads that result.
@@ -157,12 +158,13 @@ def test_methods_do_not_import_each_other():
     assert not [(a, b) for a, b in graph.edges if a in methods and b in methods]
 
 
-def test_only_init_takes_names_from_a_parent_package():
-    """While a module is imported its parent package is half loaded: `from fxprune import x` breaks."""
+def test_nobody_takes_names_from_a_parent_package():
+    """A parent is still being loaded then, and may not have them yet; its modules can be had."""
     for module, path in SOURCES.items():
         for target, names, line in imports(path):
-            parent = target.split(".")[0] == "fxprune" and module.startswith(f"{target}.")
-            assert not parent, f"{path.relative_to(ROOT)}:{line}: from {target} import {names}"
+            missing = [name for name in names if f"{target}.{name}" not in SOURCES]
+            early = module.startswith(f"{target}.") and target.startswith("fxprune") and missing
+            assert not early, f"{path.relative_to(ROOT)}:{line}: from {target} import {missing}"
 
 
 def test_what_is_imported_is_declared():
