@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.graph import get_path, op_name, value_of
+from fxprune.graph import op_name, value_of
 from fxprune.groups import Analysis, Array
 from fxprune.trace import Traced, batch_size, to_meta
 
@@ -119,7 +119,7 @@ def retained_parameters(traced: Traced) -> dict[str, nn.Parameter]:
         if node.op == "call_module":
             held = list(traced.module(node).parameters())
         elif node.op == "get_attr":
-            held = [get_path(traced.model, str(node.target))]
+            held = [traced.attribute(node)]
         for t in held:
             name = traced.tensors.name(t) if isinstance(t, nn.Parameter) else None
             if name is not None and isinstance(t, nn.Parameter):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import first_argument, get_path, op_name, value_of
+from fxprune.graph import first_argument, op_name, value_of
 from fxprune.labels import Label, Ledger, uncut
 from fxprune.trace import Traced, assertion
 
@@ -55,7 +55,10 @@ RULES: dict[str | type[nn.Module], Rule] = {}
 
 
 def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Register a rule for functions and methods (by plain name) and modules (by exact class)."""
+    """Register a rule for functions and methods (by plain name) and modules.
+
+    Modules are matched by exact class, or by its full dotted name where importing it is too much.
+    """
 
     def register(function: Rule) -> Rule:
         for key in keys:
@@ -92,11 +95,26 @@ def flow_through(traced: Traced, whole_groups: Mapping[str, bool] = MappingProxy
     flow = Flow(traced, Ledger(traced.tensors, whole_groups=dict(whole_groups)))
     for node in traced.graph.nodes:
         flow.labels[node] = _visit(flow, node)
+        _note_whole_reads(flow, node)
         for label in pytree.tree_leaves(flow.labels[node]):
             several = isinstance(label, Label) and len(label.varying) > 1
             if several:  # guard: rectangles -> tests/test_law.py -k shuffle_view
                 flow.ledger.arrays.append(label.ids)
+    flow.ledger.freeze_whole()  # guard: read whole -> tests/test_bad_input.py -k "elsewhere or read"
     return flow
+
+
+def _note_whole_reads(flow: Flow, node: Node) -> None:
+    """A parameter of several axes that the node's rule did not read along known axes stays whole."""
+    for source in node.all_input_nodes:
+        label = flow.labels.get(source)
+        if (
+            isinstance(label, Label)
+            and label.param
+            and (label.param, node) not in flow.ledger.claimed
+        ):
+            why = f"`{label.param}` is read as a whole"
+            flow.ledger.whole.setdefault(label.param, (node, why))
 
 
 def _visit(flow: Flow, node: Node) -> Value:
@@ -122,21 +140,33 @@ def _visit(flow: Flow, node: Node) -> Value:
 def _visit_module(flow: Flow, node: Node) -> Value:
     module = flow.traced.module(node)
     name = type(module).__name__
+    if _computed(module):  # guard: computed weight -> tests/test_bad_input.py -k norm
+        return opaque(
+            flow,
+            node,
+            f"`{node.target}.weight` is computed by a hook; torch.nn.utils.remove_weight_norm, "
+            "remove_spectral_norm or prune.remove makes it prunable",
+        )
     if node.target in flow.traced.hooked:  # guard: hooks -> tests/test_bad_input.py -k hook
         return opaque(flow, node, f"`{node.target}` has hooks that may change what it computes")
     parametrized = hasattr(module, "parametrizations")
     if parametrized:  # guard: parametrized -> tests/test_bad_input.py -k param
         why = f"`{node.target}` is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
         return opaque(flow, node, why + " makes it prunable")
-    found = RULES.get(type(module))
+    kind = type(module)
+    found = RULES.get(kind) or RULES.get(f"{kind.__module__}.{kind.__qualname__}")
     if found is None:
         return opaque(flow, node, f"fxprune has no rule for the module {name}")
     for key, t in [*module._parameters.items(), *module._buffers.items()]:
         if t is not None and t.dim() and (why := unsliceable(t)):
             return opaque(flow, node, f"`{node.target}.{key}` is {why}")
-    if "weight" in vars(module):  # guard: computed weight -> tests/test_bad_input.py -k norm
-        return opaque(flow, node, f"`{node.target}.weight` is computed, not a parameter")
     return found(flow, node)
+
+
+def _computed(module: nn.Module) -> bool:
+    """Whether hooks compute the weight: old weight_norm, spectral_norm, and pruning by masks."""
+    parts = ("weight_g", "weight_v", "weight_orig", "weight_mask", "bias_orig")
+    return "weight" in vars(module) or any(p in module._parameters for p in parts)
 
 
 def unsliceable(t: Tensor) -> str:
@@ -159,12 +189,17 @@ def opaque(flow: Flow, node: Node, why: str) -> Value:
     """Freeze all channels that reach the node; what leaves it cannot be cut."""
     for label in flow.inputs(node):  # guard: unknown freezes -> tests/test_groups.py -k unknown
         flow.ledger.freeze(label.ids, node, why)
+    if node.op == "call_module":
+        for t in flow.traced.module(node).state_dict(keep_vars=True).values():
+            name = flow.ledger.tensors.name(t)
+            if name is not None:
+                flow.ledger.whole.setdefault(name, (node, why))
     return uncut_like(value_of(node))
 
 
 def _attribute(flow: Flow, node: Node) -> Value:
     """A parameter or buffer: one axis longer than 1 gets ids at once, several on demand."""
-    t = get_path(flow.traced.model, str(node.target))
+    t = flow.traced.attribute(node)
     if not isinstance(t, Tensor):
         return None
     name = flow.ledger.tensors.add(str(node.target), t)

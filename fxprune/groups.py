@@ -349,7 +349,7 @@ def _pieces(flow: Flow, class_of: Array, stays: Array) -> list[Array]:
     sets = {}
     for ids in [*(s.ids for s in ledger.slots.values()), *ledger.pieces]:
         classes = np.unique(class_of[ids.numpy()])
-        if not stays[classes].any():
+        if len(classes) and not stays[classes].any():
             sets[classes.tobytes()] = classes
     return sorted(sets.values(), key=len)
 

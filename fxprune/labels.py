@@ -116,11 +116,19 @@ class Ledger:
     residual: list[Tensor] = field(default_factory=list)  # ids that meet in an addition
     macs: list[MacTerm] = field(default_factory=list)
     whole_groups: dict[str, bool] = field(default_factory=dict)  # grouped weight -> how it is cut
+    claimed: set[tuple[str, Node]] = field(default_factory=set)  # parameters read along known axes
+    whole: dict[str, tuple[Node, str]] = field(default_factory=dict)  # tensors read in other ways
 
     def fresh(self, count: int) -> Tensor:
         """New ids, int64 [count]."""
         self.next_id += count
         return torch.arange(self.next_id - count, self.next_id)
+
+    def freeze_whole(self) -> None:
+        """Tensors that something reads whole keep all their dimensions."""
+        for slot in self.slots.values():
+            if slot.tensor in self.whole:
+                self.freeze(slot.ids, *self.whole[slot.tensor])
 
     def freeze(self, ids: Tensor, node: Node, why: str) -> None:
         """These ids stay, whatever the plan says."""
@@ -176,7 +184,8 @@ class Ledger:
         assert name is not None
         known = self.slots.get((name, dim))
         if known is not None:
-            if len(known.ids) != len(ids) or known.blocks != blocks:
+            fits = (len(known.ids), known.blocks, known.role) == (len(ids), blocks, role)
+            if not fits:  # guard: two roles -> tests/test_bad_input.py -k "same_channels"
                 why = f"`{name}` is used in two ways that do not fit together"
                 self.freeze(known.ids, node, why)
                 self.freeze(ids, node, why)

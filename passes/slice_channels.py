@@ -22,14 +22,14 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import arguments, constant, first_argument, get_path, op_name, value_of, varargs
+from fxprune.graph import arguments, constant, first_argument, op_name, value_of, varargs
 from fxprune.groups import Analysis, Array
 from fxprune.labels import Label
+from fxprune.modes import ModeCall
 from fxprune.plan import Slice
 from fxprune.rules.movement import index_steps, pad_amounts
 from fxprune.rules.per_channel import channel_axis
 from fxprune.surgery import Surgeon, refit
-from fxprune.trace import ModeCall
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def slice_channels(analysis: Analysis, keep: Array) -> tuple[dict[str, Any], Gra
             if node.op == "call_module":
                 _layer(cut, node, surgeon, root)
             elif node.op == "get_attr":
-                value = get_path(traced.model, str(node.target))
+                value = traced.attribute(node)
                 root[str(node.target)] = (
                     surgeon.tensor(value) if isinstance(value, Tensor) else value
                 )
@@ -389,7 +389,7 @@ def _functional_conv(cut: Cut, node: Node) -> Any:
     transposed = "transpose" in op_name(node)
     order += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
     args = arguments(node, *order)
-    name = cut.analysis.traced.tensors.name(get_path(cut.analysis.traced.model, str(weight.target)))
+    name = cut.analysis.traced.tensors.name(cut.analysis.traced.attribute(weight))
     groups = args.get("groups", 1)
     left = _groups_left(cut, name or "", groups)
     if left == groups:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.flow import Flow, Value, opaque, rule
-from fxprune.graph import arguments, get_path, op_name, value_of
+from fxprune.graph import arguments, op_name, value_of
 from fxprune.labels import Label, Ledger, MacTerm
 
 
@@ -101,6 +101,8 @@ def _whole_groups(flow: Flow, node: Node, w: Weight, columns: Tensor, n_out: int
 def _count(flow: Flow, node: Node, x: Label, w: Weight, n_in: int, n_out: int) -> None:
     """Multiply-adds of this call, per sample, as a product of kept counts."""
     out = value_of(node)
+    if not n_in or not n_out:
+        return
     batch = flow.traced.batch
     kernel = math.prod(w.shape[2:])
     places = (math.prod(x.shape) // n_in) if w.transposed else (out.numel() // n_out)
@@ -143,6 +145,10 @@ def linear_module(flow: Flow, node: Node) -> Value:
     return contract(flow, node, x, w, len(x.shape) - 1)
 
 
+def _name(flow: Flow, node: Node) -> str | None:
+    return flow.ledger.tensors.name(flow.traced.attribute(node))
+
+
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 @rule("linear")
 def functional_contraction(flow: Flow, node: Node) -> Value:
@@ -157,12 +163,12 @@ def functional_contraction(flow: Flow, node: Node) -> Value:
     direct = all(n is None or (isinstance(n, Node) and n.op == "get_attr") for n in (weight, bias))
     if x is None or not direct:
         return opaque(flow, node, f"the weight of this `{name}` is computed, not a parameter")
+    names = [None if n is None else _name(flow, n) for n in (weight, bias)]
+    flow.ledger.claimed.update((n, node) for n in names if n)
     w = Weight(
-        flow.ledger.tensors.name(get_path(flow.traced.model, weight.target)) or "",
+        names[0] or "",
         tuple(value_of(weight).shape),
-        None
-        if bias is None
-        else flow.ledger.tensors.name(get_path(flow.traced.model, bias.target)),
+        names[1],
         int(args.get("groups", 1)),
         transposed,
     )

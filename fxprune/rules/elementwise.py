@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
-from torchvision.ops import StochasticDepth
 
 from fxprune.flow import RULES, Flow, Value, axis_ids, opaque, rule, rule_where
 from fxprune.graph import function_name, op_name, value_of
 from fxprune.labels import Label, uncut
-from fxprune.trace import ModeCall
+from fxprune.modes import ModeCall
 
 _POINTWISE = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
@@ -101,6 +100,7 @@ def _on_axes(
     if label.param is None or len(axes) != 1:
         return label
     t = flow.ledger.tensors.tensor[label.param]
+    flow.ledger.claimed.add((label.param, node))
     own = axes[0] - (len(shape) - t.dim())
     ids = axis_ids(flow, label.param, t, own, node)
     return _align(Label(tuple(t.shape), ids), len(shape))
@@ -128,4 +128,4 @@ def mode_call(flow: Flow, node: Node) -> Value:
     return opaque(flow, node, f"`{name}` differs between the modes")
 
 
-RULES[StochasticDepth] = elementwise
+rule("torchvision.ops.stochastic_depth.StochasticDepth")(elementwise)

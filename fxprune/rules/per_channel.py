@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.fx import Node
-from torchvision.ops import FrozenBatchNorm2d
 
 from fxprune.flow import Flow, Value, opaque, rule
 from fxprune.graph import op_name
@@ -18,7 +17,8 @@ from fxprune.rules.elementwise import tensor_args
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, FrozenBatchNorm2d)
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+@rule("torchvision.ops.misc.FrozenBatchNorm2d")
 def normalise_each(flow: Flow, node: Node) -> Value:
     """Batch and instance norm: a parameter and statistics per channel, axis 1."""
     x = flow.first(node)

@@ -1,0 +1,115 @@
+"""What cannot be traced, said before anything is tried."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxprune.errors import OptionError, TraceError
+from fxprune.symbolic import FxTracer
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_A_GRAPH_MODULE = (set(dir(GraphModule)) - set(dir(nn.Module))) | {
+    "plan", "report", "origin", "meta", "_graph", "_code", "_tracer_cls", "_tracer_extras",
+    "_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks", "shape_env",
+}  # fmt: skip
+
+
+def admit(model: nn.Module, example_inputs: tuple[Any, ...]) -> frozenset[str]:
+    """Refuse what tracing would get wrong or lose; returns the names of layers that have hooks."""
+    _check_inputs(model, example_inputs)
+    _check_forward(model)
+    _check_names(model)
+    _check_lazy(model)
+    return _check_hooks(model)
+
+
+def _check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*example_inputs)
+    except TypeError as error:
+        takes = inspect.signature(model.forward)
+        keywords = any(p.kind is p.KEYWORD_ONLY for p in takes.parameters.values())
+        raise OptionError(
+            f"forward{takes} does not take {len(example_inputs)} inputs: {error}",
+            where="example_inputs",
+            why="the example inputs are passed by position"
+            + (", and some arguments of forward take a keyword only" if keywords else ""),
+            fix="pass a tuple with one entry per argument"
+            + (
+                ", or wrap the model in one whose forward takes them by position"
+                if keywords
+                else ""
+            ),
+        ) from error
+
+
+def _check_forward(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "forward" in vars(module):
+            where = name or type(model).__name__
+            raise TraceError(
+                f"`forward` of `{where}` was replaced on the instance",
+                where=f"module {where}",
+                why="tracing follows the class, and would leave the replacement out",
+                fix="put the code into a subclass of the module",
+            )
+
+
+def _check_names(model: nn.Module) -> None:
+    """Names that a pruned network uses itself, or that generated code cannot hold."""
+    tensors = [n for n, _ in [*model.named_parameters(), *model.named_buffers()]]
+    for name in [*(n for n, _ in model.named_modules()), *tensors]:
+        if name in _OF_A_GRAPH_MODULE:
+            why = f"`{name}` is a name that a pruned network uses itself"
+        elif any(keyword.iskeyword(part) for part in name.split(".")):
+            why = "it is a keyword of Python, and a graph is run as generated code"
+        elif any(not c.isprintable() or c in "\"'\\" for c in name):
+            why = "generated code cannot hold quotes, backslashes or control characters in names"
+        else:
+            continue
+        raise TraceError(
+            f"the name {name!r} cannot be kept",
+            where=f"module or parameter {name!r}",
+            why=why,
+            fix="rename the attribute",
+        )
+
+
+def _check_hooks(model: nn.Module) -> frozenset[str]:
+    """Hooks on modules that tracing dissolves would be lost: refuse. Names leaves that have hooks."""
+    tracer = FxTracer()
+    lost: list[str] = []
+    kept: list[str] = []
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        leaf = bool(name) and tracer.is_leaf_module(module, name)
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            (kept if leaf else lost).append(name or type(model).__name__)
+        if not leaf:
+            stack.extend((f"{name}.{k}".lstrip("."), m) for k, m in module.named_children())
+    if lost:  # guard: lost hooks -> tests/test_bad_input.py -k hook
+        raise TraceError(
+            f"the model has hooks that tracing would lose, on {', '.join(sorted(lost))}",
+            where=f"module {sorted(lost)[0]}",
+            why="a traced graph calls the layers directly, so hooks of the modules around them "
+            "would never run",
+            fix="remove the hooks (handle.remove()) and register them again on the pruned model",
+        )
+    return frozenset(kept)
+
+
+def _check_lazy(model: nn.Module) -> None:
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(t):
+            raise TraceError(
+                f"`{name}` has no shape yet",
+                where=f"parameter {name}",
+                why="the model has lazy modules that never saw an input",
+                fix="run the model once on an example input, then compile it",
+            )
