@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import keyword
+import warnings
 from typing import Any
 
 from torch import nn
@@ -35,7 +37,8 @@ def _check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
         takes = inspect.signature(model.forward)
         keywords = any(p.kind is p.KEYWORD_ONLY for p in takes.parameters.values())
         raise OptionError(
-            f"forward{takes} does not take {len(example_inputs)} inputs: {error}",
+            f"forward{takes} does not take {_inputs(len(example_inputs))}: "
+            + str(error).replace("'", "`"),
             where="example_inputs",
             why="the example inputs are passed by position"
             + (", and some arguments of forward take a keyword only" if keywords else ""),
@@ -46,6 +49,10 @@ def _check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
                 else ""
             ),
         ) from error
+
+
+def _inputs(count: int) -> str:
+    return "1 input" if count == 1 else f"{count} inputs"
 
 
 def _check_forward(model: nn.Module) -> None:
@@ -66,18 +73,29 @@ def _check_names(model: nn.Module) -> None:
     for name in [*(n for n, _ in model.named_modules()), *tensors]:
         if name in _OF_A_GRAPH_MODULE:
             why = f"`{name}` is a name that a pruned network uses itself"
-        elif any(keyword.iskeyword(part) for part in name.split(".")):
-            why = "it is a keyword of Python, and a graph is run as generated code"
-        elif any(not c.isprintable() or c in "\"'\\" for c in name):
-            why = "generated code cannot hold quotes, backslashes or control characters in names"
+            bad = name
+        elif bad := next((part for part in name.split(".") if not _writable(part)), ""):
+            why = "a graph runs as generated code, which cannot hold this name"
         else:
             continue
         raise TraceError(
-            f"the name {name!r} cannot be kept",
+            f"the name {bad!r} cannot be kept",
             where=f"module or parameter {name!r}",
             why=why,
             fix="rename the attribute",
         )
+
+
+def _writable(part: str) -> bool:
+    """Whether generated code can write the name as an attribute or between double quotes."""
+    if keyword.iskeyword(part):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # unknown escapes stand for themselves
+            return bool(ast.literal_eval(f'"{part}"') == part) if part else True
+    except (SyntaxError, ValueError):
+        return False
 
 
 def _check_hooks(model: nn.Module) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,14 @@ def compile(
     Raises OptionError, TraceError, PlanError, VerifyError, all `FxPruneError`s.
     """
     chosen, limit = _check_options(method, budget, align, scope, ignore, seed, fit, repair, data)
+    if isinstance(evaluate, str) or not (
+        evaluate is None or callable(evaluate) or isinstance(evaluate, Iterable)
+    ):
+        raise OptionTypeError(
+            f"evaluate is {evaluate!r}",
+            where="evaluate",
+            why="it must be a callable (model) -> float, or a loader of (input, target) batches",
+        )
     model, notes = unwrap(model)
     steps = pipeline.Progress(progress)
     inputs, data = find_inputs(model, example_inputs, data)
@@ -164,9 +172,13 @@ def _check_options(
 
 
 def _score(model: nn.Module, evaluate: Callable[[nn.Module], float] | Iterable[Any]) -> float:
-    if callable(evaluate):
-        return float(evaluate(model))
-    return training.accuracy(model, evaluate)
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        score = evaluate(model) if callable(evaluate) else training.accuracy(model, evaluate)
+        return float(score)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def apply(model: nn.Module, plan: Plan, example_inputs: Inputs = None) -> PrunedModule:
@@ -223,7 +235,7 @@ def _check_tensors(model: nn.Module, plan: Plan) -> None:
     if tensors_fingerprint(model) == plan.fingerprint["tensors"]:
         return
     state = state_of(model)
-    differing = []
+    differing: list[str] = []
     for s in plan.slices:
         t = state.get(s.tensor)
         if t is None:
@@ -234,10 +246,16 @@ def _check_tensors(model: nn.Module, plan: Plan) -> None:
             differing.append(f"{s.tensor} (shape {tuple(t.shape)}, the plan cuts {s.size})")
     raise PlanError(
         f"the plan belongs to another architecture than this {type(model).__name__}",
-        where=", ".join(differing[:5]) or "tensors that the plan does not cut",
+        where=", ".join(differing[:5]) or ", ".join(_not_in(plan, state)) + " (not in the plan)",
         why="names and shapes of the tensors differ from the original's (fingerprint)",
         fix="pass the model that the plan was made for, before any pruning",
     )
+
+
+def _not_in(plan: Plan, state: Mapping[str, Tensor]) -> list[str]:
+    """The last tensors of a model that its plan does not mention: the likely strangers."""
+    mentioned = {s.tensor for s in plan.slices}
+    return [name for name in state if name not in mentioned][-5:]
 
 
 def save(pruned: PrunedModule, path: str | Path) -> None:

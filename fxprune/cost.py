@@ -81,7 +81,7 @@ class Cost:
         factors, dims = [], []
         for name, t in params.items():
             own = by_tensor.get(name, [])
-            factors.append(t.numel() / float(np.prod([slots[i].size for i in own])))
+            factors.append(t.numel() / max(float(np.prod([slots[i].size for i in own])), 1.0))
             dims.append(own)
         return cls(
             rows_per_class=incidence,
@@ -111,20 +111,26 @@ def _pairs(dims: list[list[int]], one: int) -> Array:
     return np.array([[*d, one, one][:2] for d in dims], dtype=np.int64).reshape(-1, 2)
 
 
-def retained_parameters(traced: Traced) -> dict[str, nn.Parameter]:
-    """Parameters that the traced graph uses, by canonical name."""
-    used: dict[str, nn.Parameter] = {}
+def retained_tensors(traced: Traced) -> dict[str, Tensor]:
+    """Parameters and buffers that the traced graph uses, by canonical name."""
+    used: dict[str, Tensor] = {}
     for node in traced.graph.nodes:
-        held: list[Tensor] = []
+        held: list[Any] = []
         if node.op == "call_module":
-            held = list(traced.module(node).parameters())
+            module = traced.module(node)
+            held = [*module.parameters(), *module.buffers()]
         elif node.op == "get_attr":
             held = [traced.attribute(node)]
         for t in held:
-            name = traced.tensors.name(t) if isinstance(t, nn.Parameter) else None
-            if name is not None and isinstance(t, nn.Parameter):
+            name = traced.tensors.name(t) if isinstance(t, Tensor) else None
+            if name is not None:
                 used[name] = t
     return used
+
+
+def retained_parameters(traced: Traced) -> dict[str, nn.Parameter]:
+    """Parameters that the traced graph uses, by canonical name."""
+    return {k: v for k, v in retained_tensors(traced).items() if isinstance(v, nn.Parameter)}
 
 
 def _fixed_macs(analysis: Analysis) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.errors import OptionError, OptionTypeError, TraceError, UnsupportedOpError
 from fxprune.recalibrate import first_input
@@ -83,12 +84,20 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _as_tuple(inputs: object) -> tuple[Any, ...]:
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if not isinstance(inputs, tuple | list) or not any(isinstance(v, Tensor) for v in inputs):
+    tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
+    if not isinstance(inputs, tuple | list) or not tensors:
         raise OptionTypeError(
             f"example_inputs is a {type(inputs).__name__}",
             where="example_inputs",
             why="it must be a tensor, or a tuple of what forward takes with a tensor in it",
             fix="example_inputs=torch.randn(1, 3, 224, 224)",
+        )
+    if any(v.dim() > 1 and v.numel() == 0 for v in tensors):
+        raise OptionError(
+            "example_inputs holds an empty tensor",
+            where="example_inputs",
+            why="sizes and costs are read off one sample",
+            fix="pass at least one sample",
         )
     return tuple(inputs)
 
@@ -102,7 +111,8 @@ def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
             where="data",
             why="it must be an iterable of (input, target) batches",
         ) from error
-    first = next(iterator, None)
-    if first is None:
+    nothing = object()
+    first = next(iterator, nothing)
+    if first is nothing:
         raise OptionError("data gave no batch", where="data", fix="pass a loader with at least one batch")  # fmt: skip
     return first, itertools.chain([first], iterator) if iterator is data else data

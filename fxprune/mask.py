@@ -10,8 +10,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import PlanError, UnsupportedOpError
+from fxprune.errors import OptionTypeError, PlanError, UnsupportedOpError
 from fxprune.graph import Tensors
+from fxprune.inputs import unwrap
 from fxprune.plan import Plan, Slice
 
 
@@ -21,11 +22,19 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     In eval mode it computes what the pruned network computes (design: the law of the Plan).
     Raises PlanError when the plan belongs to another architecture.
     """
+    model, _ = unwrap(model)
+    if not isinstance(plan, Plan):
+        raise OptionTypeError(
+            f"plan is a {type(plan).__name__}", where="plan", fix="Plan.from_json(text) reads one"
+        )
     try:
-        masked = copy.deepcopy(model)
+        held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        masked = copy.deepcopy(model, {key: _copied(t) for key, t in held.items()})
     except Exception as error:
         raise UnsupportedOpError(
             f"{type(model).__name__} cannot be copied: {error}",
+            where=f"copy.deepcopy of {type(model).__name__}",
+            why="the masked original is a copy of the model",
             fix="make the model survive copy.deepcopy",
         ) from error
     tensors = Tensors.of(masked)
@@ -42,6 +51,14 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
             if s.role == "in":
                 zero_inputs(t, s)
     return masked
+
+
+def _copied(t: Tensor) -> Tensor:
+    """A tensor of its own, as deepcopy makes one; also of layouts that deepcopy does not know."""
+    new = t.detach().clone()
+    if isinstance(t, nn.Parameter):
+        return nn.Parameter(new, requires_grad=t.requires_grad)
+    return new
 
 
 def zero_inputs(t: Tensor, s: Slice) -> None:

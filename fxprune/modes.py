@@ -54,6 +54,7 @@ class Modes:
 
     flags: dict[Node, Flags]
     notes: list[str]
+    dropped: frozenset[str] = frozenset()  # children used in training only
 
 
 def compare_modes(evaluating: Capture, training: Capture) -> Modes:
@@ -88,6 +89,7 @@ def compare_modes(evaluating: Capture, training: Capture) -> Modes:
     if left:
         heads = sorted({str(n.target).split(".")[0] for n in left if n.op == "call_module"})
         named = ", ".join(heads) or f"{len(left)} operations at {place(left[0])}"
+        found.dropped = frozenset(heads)
         found.notes.append(f"branches that exist only in training were dropped: {named}")
     _compare_constants(evaluating, training, twins)
     return found
@@ -100,7 +102,7 @@ def _compare_constants(evaluating: Capture, training: Capture, twins: dict[Node,
         b = training.constants.get(str(other.target))
         if a is not None and (b is None or not torch.equal(a, b)):
             raise TraceError(
-                "forward makes a tensor whose values change from call to call",
+                "forward makes a tensor whose values differ from call to call",
                 where=f"a tensor of shape {tuple(a.shape)}, used at {place(node) or 'unknown line'}",
                 why="a graph would hold the values of one call for ever",
                 fix="make it from the input (torch.rand_like(x)), or register it as a buffer",

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from fxprune.errors import UnsupportedOpError
-from fxprune.groups import Analysis, Array, lineage_of
+from fxprune.groups import Analysis, Array, lineage_of, state_of
 from fxprune.mask import mask
 from fxprune.passes.fold_batchnorm import fold_batchnorm
 from fxprune.passes.slice_channels import slice_channels
@@ -69,7 +69,7 @@ def cut(
     if check:
         with progress.step("verify"):
             verified = verify(mask(traced.model, plan), pruned, traced.example_inputs)
-    notes = [*notes, *traced.notes]
+    notes = [*notes, *traced.notes, *_left_out(analysis, pruned)]
     if left:
         notes.append(f"attributes that could not be carried over: {', '.join(sorted(left))}")
     whole = compose(older.plan, plan, older.origin.lineage.keys) if older else plan
@@ -79,6 +79,21 @@ def cut(
     pruned.report = _report(analysis, plan, whole, keep, verified, notes)
     pruned.report.seconds = progress.seconds
     return pruned
+
+
+def _left_out(analysis: Analysis, pruned: PrunedModule) -> list[str]:
+    """Tensors of the model that the graph does not use, so that nobody looks for them in vain."""
+    here = pruned.state_dict()
+    gone = [k for k in state_of(analysis.traced.model) if k not in here]
+    owners = [
+        owner
+        for owner in dict.fromkeys(k.rpartition(".")[0] or k for k in gone)
+        if owner.split(".")[0] not in analysis.traced.dropped
+    ]
+    if not owners:
+        return []
+    named = ", ".join(f"`{name}`" for name in owners[:8]) + (", ..." if len(owners) > 8 else "")
+    return [f"forward does not use {named}: left out of the pruned network"]
 
 
 def _report(

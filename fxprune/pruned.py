@@ -147,9 +147,14 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 def carry_attributes(model: nn.Module, new: PrunedModule) -> list[str]:
     """Copy the user's own attributes that hold no tensors; names those that cannot come along."""
     left = []
-    plain = set(vars(nn.Module())) | set(vars(new))
+    plain = set(vars(nn.Module())) | {"forward", "_compiled_call_impl"}
+    if isinstance(model, GraphModule):
+        plain |= set(vars(new))
     for name, value in vars(model).items():
         if name in plain or name.startswith("__"):
+            continue
+        if hasattr(type(new), name) or name in vars(new) or name in PrunedModule.__annotations__:
+            left.append(name)
             continue
         if any(isinstance(v, Tensor | nn.Module) for v in pytree.tree_leaves(value)):
             left.append(name)

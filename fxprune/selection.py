@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fxprune._version import __version__
 from fxprune.budget import Budget, Ranked, allowed_counts, by_budget, by_ratio, keep_mask
 from fxprune.config import Method
-from fxprune.cost import Cost, retained_parameters
+from fxprune.cost import Cost, retained_tensors
 from fxprune.errors import OptionError, OptionTypeError, PlanError
 from fxprune.groups import Analysis, Array, Group, state_of
 from fxprune.labels import Slot
@@ -66,13 +67,18 @@ def _per_class(analysis: Analysis, slot: Slot, position: Array, count: int) -> T
 def rank(analysis: Analysis, group: Group, method: Method) -> Array:
     """A group's classes by score, the one that stays longest first; ties: lower index stays."""
     weights = group_weights(analysis, group)
+    if method.name == "custom":
+        weights = [w.clone() for w in weights]  # not the user's own memory
     try:
         scores = torch.as_tensor(method.scores(group, weights)).detach().flatten().double().cpu()
     except Exception as error:
-        if method.record["name"] != "custom":
+        if method.name != "custom":
             raise
         raise PlanError(
-            f"the scoring function failed on group `{group.name}`: {error}", where="method"
+            f"the scoring function failed on group `{group.name}`: {error}",
+            where="method",
+            why=f"it is called as scores(group, weights) and raised {type(error).__name__}",
+            fix="return one number per channel of the group: a tensor or list of length len(group)",
         ) from error
     if len(scores) != len(group) or not bool(torch.isfinite(scores).all()):
         raise PlanError(
@@ -143,6 +149,10 @@ def _nothing(analysis: Analysis, scope: object, ignore: object) -> PlanError:
         why = f"scope={scope!r} and ignore={ignore!r} leave none of {len(analysis.groups)} groups"
     else:
         reasons = [f"{node}: {text}" for node, text in analysis.frozen.items()]
+        opaque = {str(node.name): why for node, why in analysis.flow.ledger.whole.values()}
+        reasons += [
+            f"{node}: {text}" for node, text in opaque.items() if node not in analysis.frozen
+        ]
         why = "every channel is frozen. " + "; ".join(reasons[:8]) if reasons else "the model has no layer with channels to cut"  # fmt: skip
     return PlanError(
         "nothing can be pruned",
@@ -190,7 +200,7 @@ def _ignored_names(analysis: Analysis, ignore: Ignore) -> set[str]:
 
 def check_finite(analysis: Analysis) -> None:
     """NaN or Inf in a weight would make every choice arbitrary: refuse, naming the tensor."""
-    for name, t in retained_parameters(analysis.traced).items():
+    for name, t in retained_tensors(analysis.traced).items():
         if t.is_meta:
             raise PlanError(
                 f"`{name}` is on the meta device and holds no values",
@@ -203,7 +213,7 @@ def check_finite(analysis: Analysis) -> None:
             if bad:  # guard: not finite -> tests/test_bad_input.py -k nan
                 raise PlanError(
                     f"`{name}` has {bad} values that are NaN or infinite",
-                    where=f"parameter {name}",
+                    where=f"{'parameter' if isinstance(t, nn.Parameter) else 'buffer'} {name}",
                     why="channels cannot be ranked by such weights",
                     fix="train or load the model again; a diverged checkpoint cannot be pruned",
                 )
@@ -325,17 +335,36 @@ def _indices(name: str, indices: Sequence[int], size: int) -> Array:
     """Kept indices as a mask of length `size`; PlanError for anything out of order."""
     stays = np.zeros(size, dtype=bool)
     where = f"keep[{name!r}]"
-    for i in indices:
-        if isinstance(i, bool) or not isinstance(i, int | np.integer):
-            raise OptionTypeError(f"{where} holds {i!r}", where=where, why="indices are integers")
+    if isinstance(indices, str) or not isinstance(indices, Iterable):
+        raise OptionTypeError(
+            f"{where} is {indices!r}", where=where, why="it must be a list of indices that stay"
+        )
+    for item in indices:
+        i = _index(item, where)
         if not 0 <= i < size:
             raise PlanError(f"{where} holds {i}", where=where, why=f"it has {size} channels, 0 to {size - 1}")  # fmt: skip
         if stays[i]:
-            raise PlanError(f"{where} holds {i} twice", where=where)
+            raise PlanError(
+                f"{where} holds {i} twice",
+                where=where,
+                why="an index stays once",
+                fix="drop the repetition",
+            )
         stays[i] = True
     if not stays.any():
         raise PlanError(f"{where} is empty", where=where, why="at least one channel must stay")
     return stays
+
+
+def _index(item: object, where: str) -> int:
+    try:
+        if isinstance(item, bool):
+            raise TypeError
+        return operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionTypeError(
+            f"{where} holds {item!r}", where=where, why="indices are integers"
+        ) from None
 
 
 def _check_coupled(analysis: Analysis, name: str, slot: Slot, stays: Array) -> None:
@@ -354,6 +383,8 @@ def _check_coupled(analysis: Analysis, name: str, slot: Slot, stays: Array) -> N
         raise PlanError(
             f"channels {torn[0]} and {partner} of `{name}` are coupled: keep both or neither",
             where=f"`{slot.tensor}` dimension {slot.dim}",
+            why="the network adds, shuffles or groups them together",
+            fix=f"keep or remove {torn[0]} and {partner} alike",
         )
 
 
@@ -396,8 +427,7 @@ def mask_of(analysis: Analysis, plan: Plan) -> Array:
                 + ("not prunable" if slot is None else f"{slot.role!r} of {slot.size}"),
                 fix="use the plan with the architecture (and library version) it was made for",
             )
-        stays = np.zeros(s.size, dtype=bool)
-        stays[list(s.keep)] = True
+        stays = _indices(f"{s.tensor}, dimension {s.dim}", s.keep, s.size)
         _check_coupled(analysis, s.tensor, slot, stays)
         keep[analysis.classes(slot.ids)[~stays]] = False
     known = state_of(analysis.traced.model)

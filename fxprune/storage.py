@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from fxprune.checkpoint import read_tensors, write_tensors
 from fxprune.errors import CheckpointError, OptionTypeError, PlanError
 from fxprune.plan import Plan
 from fxprune.pruned import InputSpec, PrunedModule, stamp_of
+from fxprune.surgery import memory_format
 
+MOST_ELEMENTS = 1 << 33  # of an example input; beyond that a file is not believed
 _HEADER = {"plan", "front_end", "inputs"}
 
 
@@ -74,14 +77,29 @@ def read(path: str | Path) -> tuple[Plan, str, tuple[InputSpec, ...], dict[str, 
 
 def _input(spec: Mapping[str, Any]) -> InputSpec:
     shape, dtype = spec["shape"], spec["dtype"]
-    sizes_ok = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)
+    sizes_ok = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    sizes_ok = sizes_ok and math.prod(shape) <= MOST_ELEMENTS
     if set(spec) != {"shape", "dtype"} or not sizes_ok or not _is_dtype(dtype):
         raise PlanError("it holds a bad input spec")
     return InputSpec(tuple(shape), dtype)
 
 
 def _is_dtype(name: object) -> bool:
-    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+    return name in (
+        [
+            "float64",
+            "float32",
+            "float16",
+            "bfloat16",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint8",
+            "bool",
+            "complex64",
+        ]
+    )
 
 
 def fill(pruned: PrunedModule, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -120,11 +138,9 @@ def _held(pruned: PrunedModule) -> dict[str, Tensor]:
 
 
 def _placed(t: Tensor, like: Tensor) -> Tensor:
-    layout = torch.preserve_format
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():  # fmt: skip
-        layout = torch.channels_last
-    device = "cpu" if like.is_meta else like.device
-    t = t.to(device, memory_format=layout)
+    t = t.to("cpu" if like.is_meta else like.device)
+    if t.layout is torch.strided:
+        t = t.contiguous(memory_format=memory_format(like))
     if isinstance(like, nn.Parameter):
         return nn.Parameter(t, requires_grad=like.requires_grad)
     return t

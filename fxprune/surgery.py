@@ -22,6 +22,8 @@ Index = Callable[[Sequence[int]], Tensor]
 def cut_tensor(t: Tensor, slices: Sequence[Slice], index: Index = torch.tensor) -> Tensor:
     """The kept entries of a tensor, in memory of their own; `index` makes index tensors."""
     out = t.detach()
+    if not slices:
+        return out.clone()
     blocked = {s.dim for s in slices if s.size != t.shape[s.dim]}  # these count dim 0's rows: first
     for s in sorted(slices, key=lambda s: (s.dim not in blocked, s.dim)):
         keep = index(s.keep).to(out.device)
@@ -29,15 +31,15 @@ def cut_tensor(t: Tensor, slices: Sequence[Slice], index: Index = torch.tensor) 
             out = out.index_select(s.dim, keep)
         else:
             out = _cut_blocks(out, keep, s.size // t.shape[s.dim])
-    if out.data_ptr() == t.data_ptr() or out is t:
-        out = out.clone()
-    if t.dim() == 4 and _channels_last(t):
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out
+    return out.contiguous(memory_format=memory_format(t))
 
 
-def _channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+def memory_format(t: Tensor) -> torch.memory_format:
+    """The format a tensor is stored in: channels last (of images or volumes), or contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if last is not None and t.is_contiguous(memory_format=last) and not t.is_contiguous():
+        return last
+    return torch.contiguous_format
 
 
 def _cut_blocks(t: Tensor, keep: Tensor, blocks: int) -> Tensor:
@@ -93,6 +95,7 @@ class Surgeon:
         except Exception as error:
             raise UnsupportedOpError(
                 f"a {type(module).__name__} cannot be copied: {error}",
+                where=f"a layer of class {type(module).__name__}",
                 why="pruning returns a new model and so copies every layer",
                 fix="make the layer survive copy.deepcopy",
             ) from error

@@ -96,6 +96,13 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
     constants = {k: v for k, v in made.items() if k.startswith("_tensor_constant")}
     for name in constants:
         del model.__dict__[name]
+    if "torch.autocast" in tracer.inside:
+        raise TraceError(
+            "forward runs a part of itself under torch.autocast",
+            where=tracer.inside["torch.autocast"],
+            why="a graph does not hold contexts, so that part would run in another precision",
+            fix="enter autocast around the whole model, or prune the sub-module inside it",
+        )
     notes = [
         f"`{context}` inside forward ({line}) is not part of a graph: wrap the pruned network in it"
         for context, line in tracer.inside.items()
@@ -148,9 +155,11 @@ def unmarked(model: nn.Module) -> Iterator[None]:
         )
         for m in model.modules()
     ]
+    noise = torch.get_rng_state()
     try:
         yield
     finally:
+        torch.set_rng_state(noise)
         for attributes, saved, stores in before:
             for store, kept in [(attributes, saved), *stores]:
                 if store.keys() != kept.keys() or any(store[k] is not v for k, v in kept.items()):

@@ -47,6 +47,7 @@ class Traced:
     constants: dict[str, Tensor] = field(default_factory=dict)  # tensors that forward makes
     mode_flags: dict[Node, Flags] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dropped: frozenset[str] = frozenset()  # children that only train mode uses
     hooked: frozenset[str] = frozenset()  # leaf modules with hooks
 
     @property
@@ -86,6 +87,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
         constants=evaluating.constants,
         mode_flags=modes.flags,
         notes=[*modes.notes, *evaluating.notes],
+        dropped=modes.dropped,
         hooked=hooked,
     )
     with unmarked(model):

@@ -25,7 +25,17 @@ def verify(masked: nn.Module, pruned: nn.Module, example_inputs: tuple[Any, ...]
     except VerifyError:
         raise
     except Exception as reason:  # whatever an operation without a float64 form raises
-        error = _difference(masked, pruned, example_inputs, torch.float32)
+        try:
+            error = _difference(masked, pruned, example_inputs, torch.float32)
+        except VerifyError:
+            raise
+        except Exception as failure:
+            raise VerifyError(
+                f"the pruned network cannot be compared with the original: {failure}",
+                where="on the example input, in float64 and in float32",
+                why="the original or the pruned network fails on it",
+                fix="if the original accepts this input, please report the model; else pass another",
+            ) from failure
         bound, dtype = BOUND_32, f"float32 (float64 cannot run: {str(reason).splitlines()[0][:80]})"
     if not error <= bound:  # guard: verify -> tests/test_bad_input.py -k verify
         raise VerifyError(
@@ -52,6 +62,7 @@ def _difference(
         if not bool(torch.isfinite(x).all()):
             raise VerifyError(
                 "the masked original returns NaN or infinity on the example input",
+                where="outputs of the original with the plan's inputs zeroed",
                 why="nothing can be compared then",
                 fix="pass other example_inputs, or verify=False",
             )

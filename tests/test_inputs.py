@@ -128,7 +128,7 @@ def test_too_few_inputs_are_named():
         def forward(self, x, y):
             return self.b(self.a(x)) + y
 
-    with pytest.raises(TraceError) as e:
+    with pytest.raises(fxprune.FxPruneError) as e:
         fxprune.compile(Two(), torch.randn(2, 3))
     assert "NoneType" not in str(e.value)
     assert "`y`" in str(e.value) or "1 input" in str(e.value)

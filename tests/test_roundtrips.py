@@ -338,6 +338,23 @@ def test_copies_keep_the_name_of_the_class(copied):
     assert type(copied(net)).__name__ == "ResNet"
 
 
+def test_a_shallow_copy_is_a_pruned_network():
+    net = pruned_of("resnet18")
+    twin = copy.copy(net)
+    assert isinstance(twin, fxprune.PrunedModule)
+    assert twin.plan == net.plan
+    with torch.no_grad():
+        assert torch.equal(twin(images()), net(images()))
+
+
+def test_hooks_are_copied_with_the_network():
+    net = copy.deepcopy(pruned_of("resnet18"))
+    net.register_forward_hook(lambda module, inputs, output: output * 0)
+    net.get_submodule("fc").register_forward_hook(lambda module, inputs, output: output + 1)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(net)(images()), net(images()))
+
+
 def test_a_folded_network_keeps_the_name_of_the_class():
     net = fxprune.compile(Small().eval(), small_images(), fold=True, progress=False)
     assert type(net).__name__ == "Small"
@@ -395,6 +412,27 @@ def test_save_and_load(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images()), net(images()))
         assert torch.equal(loaded(images(3, (80, 96))), net(images(3, (80, 96))))
+
+
+def test_the_dtype_of_the_file_reaches_buffers_outside_of_it(tmp_path):
+    model = Small().eval()
+    net = fxprune.compile(model, small_images(), progress=False).half()
+    loaded = reloaded(net, model, tmp_path)
+    assert {t.dtype for t in tensors(loaded) if t.is_floating_point()} == {torch.float16}
+    with torch.no_grad():
+        assert torch.equal(loaded(small_images().half()), net(small_images().half()))
+
+
+def test_a_meta_model_takes_a_file_or_says_what_it_lacks(tmp_path):
+    with torch.device("meta"):
+        model = torchvision.models.resnet18(num_classes=10).eval()
+        small = Small().eval()
+    loaded = reloaded(pruned_of("resnet18"), model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), pruned_of("resnet18")(images()))
+    net = fxprune.compile(Small().eval(), small_images(), progress=False)
+    with pytest.raises(fxprune.CheckpointError, match="scale"):  # not in the file, no values here
+        reloaded(net, small, tmp_path)
 
 
 @every_model

@@ -10,6 +10,7 @@ from oracle import masked, relative_error
 from strategies import nets
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
+from torch.fx.passes.shape_prop import ShapeProp
 
 import fxprune
 from fxprune.passes.fold_batchnorm import fold_batchnorm
@@ -49,6 +50,7 @@ def candidates(gm):
 def fold(net, x, *, folded, skipped=()):
     """Fold a network and check all that must hold whatever is folded; the reasons of what is not."""
     gm = net if isinstance(net, GraphModule) else symbolic_trace(net)
+    ShapeProp(gm).propagate(x)  # the rank decides for a linear
     expected, code = gm(x), gm.code
     before = {k: v.clone() for k, v in gm.state_dict().items()}
     out, report = fold_batchnorm(gm)
@@ -307,6 +309,21 @@ def test_hooks(where, kind):
     gm = symbolic_trace(net)
     getattr(gm.get_submodule(where), kind)(lambda *a: None)
     assert fold(gm, X, folded=[], skipped=["bn"]) == {"bn": "one of the two has hooks"}
+
+
+def test_a_parametrized_convolution():
+    """Its weight is computed at every call: nothing to fold into, and that has to be said."""
+
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    net = alive(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Twice())
+    out, report = fold_batchnorm(fxprune.apply(net, fxprune.analyze(net, X).plan({}), X))
+    assert relative_error(net(X), out(X)) <= BOUND
+    assert report.folded == ()
+    assert "parametriz" in report.skipped["1"]
 
 
 def test_a_linear_over_other_axes_than_the_norm():
