@@ -12,9 +12,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.errors import OptionError, TraceError
+from fxprune.graph import HOOKS
 from fxprune.symbolic import FxTracer
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_A_GRAPH_MODULE = (set(dir(GraphModule)) - set(dir(nn.Module))) | {
     "plan", "report", "origin", "meta", "_graph", "_code", "_tracer_cls", "_tracer_extras",
     "_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks", "shape_env",
@@ -90,6 +90,8 @@ def _writable(part: str) -> bool:
     """Whether generated code can write the name as an attribute or between double quotes."""
     if keyword.iskeyword(part):
         return False
+    if part.replace("_", "a").isalnum():
+        return True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unknown escapes stand for themselves
@@ -107,7 +109,7 @@ def _check_hooks(model: nn.Module) -> frozenset[str]:
     while stack:
         name, module = stack.pop()
         leaf = bool(name) and tracer.is_leaf_module(module, name)
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if any(getattr(module, hooks) for hooks in HOOKS):
             (kept if leaf else lost).append(name or type(model).__name__)
         if not leaf:
             stack.extend((f"{name}.{k}".lstrip("."), m) for k, m in module.named_children())

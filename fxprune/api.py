@@ -102,7 +102,7 @@ def compile(
         )
     pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
     if fold:
-        pruned = pipeline.fold(pruned, steps)
+        pruned = pipeline.fold(pruned, steps, check=verify)
     pruned = pipeline.sealed(pruned)
     if evaluate is not None:
         pruned.report.stages["before"] = _score(model, evaluate)

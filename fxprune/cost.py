@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.graph import op_name, value_of
 from fxprune.groups import Analysis, Array
@@ -150,6 +149,8 @@ def _may_multiply(traced: Traced, node: Node) -> bool:
 
 
 def _count(traced: Traced, node: Node) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # it looks for triton when imported
+
     args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if node.op == "call_module":
@@ -167,6 +168,8 @@ def _count(traced: Traced, node: Node) -> int:
 
 def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     """Multiply-adds of any module per sample: half of torch's flop counter, in eval mode."""
+    from torch.utils.flop_counter import FlopCounterMode  # it looks for triton when imported
+
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs = pytree.tree_map(
         lambda v: v.to(device) if isinstance(v, Tensor) else v, tuple(example_inputs)

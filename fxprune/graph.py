@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KNOWN_HOMES = {"torch", "_operator", "math", "builtins", "torchvision"}
 _ALIASES = {
     "iadd": "add",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from fxprune.errors import UnsupportedOpError
@@ -23,11 +24,12 @@ from fxprune.pruned import (
     build,
     carry_attributes,
     input_specs,
+    plan_now,
     stamp_of,
 )
 from fxprune.report import GroupRow, Report
 from fxprune.selection import compose
-from fxprune.verify import verify
+from fxprune.verify import BOUND_32, verify
 
 
 @dataclass
@@ -72,7 +74,7 @@ def cut(
     notes = [*notes, *traced.notes, *_left_out(analysis, pruned)]
     if left:
         notes.append(f"attributes that could not be carried over: {', '.join(sorted(left))}")
-    whole = compose(older.plan, plan, older.origin.lineage.keys) if older else plan
+    whole = compose(plan_now(older), plan, older.origin.lineage.keys) if older else plan
     pruned.plan = whole
     lineage = lineage_of(analysis, keep, older.origin.lineage if older else None)
     pruned.origin = Origin(input_specs(traced.example_inputs), lineage, traced.front_end, 0)
@@ -124,13 +126,29 @@ def _report(
 
 
 def fold(
-    pruned: PrunedModule, progress: Progress, only: tuple[Fold, ...] | None = None
+    pruned: PrunedModule,
+    progress: Progress,
+    only: tuple[Fold, ...] | None = None,
+    *,
+    check: bool = False,
 ) -> PrunedModule:
-    """Fold batch norms (all that can be, or those of a plan); the plan says which were."""
+    """Fold batch norms (all that can be, or those of a plan); the plan says which were.
+
+    Folding rounds weights to their own dtype, so its check has the bound of float32.
+    """
     with progress.step("fold"):
         pairs = None if only is None else [(f.conv, f.bn) for f in only]
         folded, report = fold_batchnorm(pruned, pairs)
     assert isinstance(folded, PrunedModule)
+    if check:
+        with progress.step("verify"):
+            inputs = tuple(spec.example() for spec in pruned.origin.inputs)
+            dtypes = [p.dtype for p in folded.parameters() if p.is_floating_point()]
+            bound = max([BOUND_32, *(16 * torch.finfo(d).eps for d in dtypes)])
+            said = verify(pruned, folded, inputs, bound)
+            folded.report.verified += "; folding: " + said.replace(
+                "masked original", "unfolded one"
+            )
     if only is not None and len(report.folded) != len(only):
         missing = sorted({f.bn for f in only} - {bn for _, bn in report.folded})
         raise UnsupportedOpError(

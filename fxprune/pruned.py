@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,18 +49,20 @@ class Origin:
 
 def stamp_of(module: nn.Module) -> int:
     """A cheap checksum of all tensors of a state_dict: any training changes it."""
-    state = sorted((k, v) for k, v in module.state_dict().items() if isinstance(v, Tensor))
-    return hash(tuple(_bits(t) for _, t in state))
+    stamp = 0
+    for name, t in sorted(module.state_dict().items()):
+        if isinstance(t, Tensor) and not t.is_meta and t.layout is torch.strided:
+            stamp = zlib.crc32(name.encode(), stamp)
+            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            stamp = zlib.crc32(raw.numpy(), stamp)  # type: ignore[arg-type]
+    return stamp
 
 
-def _bits(t: Tensor) -> int:
-    """The sum of a tensor's memory as whole numbers; 0 where there is no memory to look at."""
-    if t.is_meta or t.layout is not torch.strided or not t.numel():
-        return 0
-    raw = t.detach().contiguous().view(-1).view(torch.uint8)
-    raw = raw.clone() if raw.storage_offset() % 8 else raw
-    words = len(raw) // 8 * 8
-    return int(raw[:words].view(torch.int64).sum()) + int(raw[words:].sum())
+def plan_now(pruned: PrunedModule) -> Plan:
+    """The plan, which says so when the tensors have been trained since the cut."""
+    if pruned.plan.weights == "cut" and stamp_of(pruned) != pruned.origin.stamp:
+        return replace(pruned.plan, weights="changed")
+    return pruned.plan
 
 
 class PrunedModule(GraphModule):
@@ -82,18 +85,23 @@ class PrunedModule(GraphModule):
         _carry(self, new, memo)
         return new
 
+    def __copy__(self) -> PrunedModule:
+        new = PrunedModule(self, self.graph, type(self).__name__)
+        new.__dict__.update({k: v for k, v in vars(self).items() if k not in _OF_THE_CODE})
+        return new
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, super().__reduce__()
+        return _rebuild, (*super().__reduce__(), type(self).__name__)
 
 
 def _modes(module: nn.Module) -> dict[str, bool]:
     return {name: m.training for name, m in module.named_modules()}
 
 
-def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> PrunedModule:
+def _rebuild(rebuild: Any, arguments: tuple[Any, ...], name: str) -> PrunedModule:
     """Unpickle: the graph is traced again from its code; layers and all else are as they were."""
     plain = rebuild(*arguments)
-    new = PrunedModule(plain, plain.graph, type(plain).__name__)
+    new = PrunedModule(plain, plain.graph, name)
     state = {k: v for k, v in arguments[0].items() if k not in _OF_THE_CODE}
     new.__dict__.update(state)
     return new
@@ -111,8 +119,9 @@ _OF_THE_CODE = (
 
 def _carry(old: PrunedModule, new: PrunedModule, memo: dict[int, Any]) -> None:
     for name, value in vars(old).items():
-        if name not in new.__dict__ and name not in ("_code", "_graph"):
+        if name not in _OF_THE_CODE and (name not in new.__dict__ or name.endswith("_hooks")):
             new.__dict__[name] = copy.deepcopy(value, memo)
+    type(new).__name__ = type(old).__name__
     new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
     modes = _modes(old)
     for name, module in new.named_modules():

@@ -20,13 +20,21 @@ def recalibrate(pruned: M, loader: Iterable[Any], samples: int = 1024) -> M:
     """A copy of `pruned` whose batch norms hold the mean statistics of `samples` inputs.
 
     loader: batches of inputs, or (input, target, ...) tuples; it is read until `samples` inputs
-    were seen or it ends. Every other layer stays in eval mode meanwhile; the argument is untouched.
+    were seen or it ends (a rest of one sample is left out). Every other layer stays in eval mode meanwhile; the argument is untouched.
     Raises OptionError for an empty loader. Its plan's weights are "changed" afterwards.
     """
     if isinstance(samples, bool) or not isinstance(samples, int):
         raise OptionTypeError(f"samples is {samples!r}", where="samples", why="it must be a whole number")  # fmt: skip
     if samples < 1:
         raise OptionError(f"samples is {samples}", where="samples", why="it must be at least 1")
+    if not isinstance(pruned, nn.Module):
+        raise OptionTypeError(f"pruned is a {type(pruned).__name__}", where="pruned", why="it must be a torch.nn.Module")  # fmt: skip
+    if not isinstance(loader, Iterable) or isinstance(loader, nn.Module):
+        raise OptionTypeError(
+            f"loader is a {type(loader).__name__}",
+            where="loader",
+            why="it must be an iterable of inputs or (input, target) batches",
+        )
     new = copy.deepcopy(pruned)
     norms = [
         m
@@ -63,6 +71,8 @@ def _run(model: nn.Module, loader: Iterable[Any], samples: int) -> int:
     with torch.no_grad():
         for batch in loader:
             x = first_input(batch)[: samples - seen]
+            if len(x) == 1 and seen:
+                break  # one sample has no variance of its own
             if len(x):
                 model(x.to(device))
             seen += len(x)

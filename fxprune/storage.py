@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from fxprune.checkpoint import read_tensors, write_tensors
 from fxprune.errors import CheckpointError, OptionTypeError, PlanError
 from fxprune.plan import Plan
-from fxprune.pruned import InputSpec, PrunedModule, stamp_of
+from fxprune.pruned import InputSpec, PrunedModule, plan_now
 from fxprune.surgery import memory_format
 
 MOST_ELEMENTS = 1 << 33  # of an example input; beyond that a file is not believed
@@ -34,11 +33,8 @@ def save(pruned: PrunedModule, path: str | Path) -> None:
             why="it writes what fxprune.compile, apply or load returned",
             fix="save other models with safetensors.torch.save_model",
         )
-    plan = pruned.plan
-    if plan.weights == "cut" and stamp_of(pruned) != pruned.origin.stamp:
-        plan = replace(plan, weights="changed")
     header = {
-        "plan": plan.to_dict(),
+        "plan": plan_now(pruned).to_dict(),
         "front_end": pruned.origin.front_end,
         "inputs": [{"shape": list(s.shape), "dtype": s.dtype} for s in pruned.origin.inputs],
     }
@@ -117,6 +113,7 @@ def fill(pruned: PrunedModule, tensors: Mapping[str, Tensor], path: str | Path) 
             )
     new = {id(expected_t): tensors[name] for name, expected_t in _held(pruned).items()}
     made: dict[int, Tensor] = {}
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     for module in pruned.modules():
         for store in (module._parameters, module._buffers):
             for key, old in store.items():
@@ -124,6 +121,20 @@ def fill(pruned: PrunedModule, tensors: Mapping[str, Tensor], path: str | Path) 
                     if id(old) not in made:
                         made[id(old)] = _placed(new[id(old)], old)
                     store[key] = made[id(old)]  # type: ignore[assignment]
+                elif old is not None:
+                    store[key] = _unsaved(key, old, dtype)  # type: ignore[assignment]
+
+
+def _unsaved(name: str, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A non-persistent buffer: no file holds it, so it stays the model's own, at the file's dtype."""
+    if buffer.is_meta:
+        raise CheckpointError(
+            f"the buffer `{name}` holds no values",
+            where=f"buffer {name}",
+            why="it is not persistent, so the file has none, and the given model is on the meta device",
+            fix="load with a model on a real device",
+        )
+    return buffer.to(dtype) if dtype is not None and buffer.is_floating_point() else buffer
 
 
 def _held(pruned: PrunedModule) -> dict[str, Tensor]:

@@ -81,8 +81,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
     set_mode(model, training)
     tracer = FxTracer()
     before = set(vars(model))
+    defaults = _defaults(model, len(example_inputs))
     try:
-        graph = tracer.trace(model, _defaults(model, len(example_inputs)))
+        graph = tracer.trace(model, defaults)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be traced: {first_line(error)}",
@@ -107,6 +108,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
         f"`{context}` inside forward ({line}) is not part of a graph: wrap the pruned network in it"
         for context, line in tracer.inside.items()
     ]
+    if defaults:
+        named = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+        notes.append(f"arguments of forward beyond the example inputs keep their defaults: {named}")
     return Capture(graph, constants, notes)
 
 

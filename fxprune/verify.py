@@ -13,7 +13,12 @@ from fxprune.errors import VerifyError
 BOUND_64, BOUND_32 = 1e-9, 1e-4
 
 
-def verify(masked: nn.Module, pruned: nn.Module, example_inputs: tuple[Any, ...]) -> str:
+def verify(
+    masked: nn.Module,
+    pruned: nn.Module,
+    example_inputs: tuple[Any, ...],
+    bound: float = BOUND_64,
+) -> str:
     """Compare both in eval mode on the example input; returns a sentence for the report.
 
     max|a - b| / max|a| must stay within 1e-9 in float64; where float64 cannot run, within 1e-4 in
@@ -21,7 +26,7 @@ def verify(masked: nn.Module, pruned: nn.Module, example_inputs: tuple[Any, ...]
     """
     try:
         error = _difference(masked, pruned, example_inputs, torch.float64)
-        bound, dtype = BOUND_64, "float64"
+        dtype = "float64"
     except VerifyError:
         raise
     except Exception as reason:  # whatever an operation without a float64 form raises

@@ -125,6 +125,8 @@ def slice_channels(analysis: Analysis, keep: Array) -> tuple[dict[str, Any], Gra
             if rewrite is _view and slices:  # guard: view strides -> tests/test_law.py -k stride
                 new.target = _reshaping(node)
             new.meta = {"where": node.meta.get("where", "")}
+            if isinstance(value_of(node), Tensor):
+                new.meta["rank"] = value_of(node).dim()
         cut.env[node] = new
     _drop_unused(traced.graph, cut)
     cut.graph.lint()

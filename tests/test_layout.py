@@ -25,6 +25,7 @@ ROWS = [
     ["graph"],
     [
         "symbolic",
+        "modes",
         "admission",
         "trace",
         "labels",
@@ -35,11 +36,11 @@ ROWS = [
         "cost",
         "budget",
     ],
-    ["surgery", "mask", "verify", "optim", "distributed", "checkpoint", "latency"],
+    ["surgery", "verify", "optim", "distributed", "checkpoint", "latency"],
     ["passes.methods.*"],
     ["passes.methods"],
     ["passes.*"],
-    ["passes", "selection", "pruned", "recalibrate", "inputs", "storage", "export"],
+    ["passes", "selection", "pruned", "recalibrate", "inputs", "mask", "storage", "export"],
     ["pipeline", "pruner"],
     ["api", "fit", "data", "zoo"],
     [""],  # fxprune itself

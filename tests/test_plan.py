@@ -348,6 +348,15 @@ def test_entries_that_appear_twice(key):
     refused(lambda: Plan.from_dict(data), "appears twice", key)
 
 
+@pytest.mark.parametrize("key", ["conv", "bn"])
+def test_a_module_folds_once(key):
+    data = document()
+    data["folds"].append({"conv": "other", "bn": "another", "compactor": True})
+    Plan.from_dict(data)
+    data["folds"][1][key] = data["folds"][0][key]
+    refused(lambda: Plan.from_dict(data), f"'{key}' appears twice", "folds")
+
+
 @pytest.mark.parametrize("value", [None, [], "x", 1, [document()]], ids=str)
 def test_a_document_that_is_no_object(value):
     refused(lambda: Plan.from_json(json.dumps(value)), "`plan` is", "an object")

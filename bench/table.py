@@ -1,0 +1,156 @@
+"""Rows of bench/results/ -> the tables between `<!-- bench:STEM -->` and `<!-- /bench -->`.
+
+    python bench/table.py            write the tables into README.md and bench/README.md
+    python bench/table.py --check    change nothing; exit 1 if a table is not current
+
+One table for each `bench` and device of results/STEM.csv: a line per case, a column per provider, p50
+with p20-p80 behind it. Where fxprune's first column has a rival, the last column is their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = (
+    "bench", "case", "provider", "p20", "p50", "p80", "unit", "rounds", "shape", "dtype", "threads",
+    "device", "torch", "commit", "date",
+)  # fmt: skip
+SPAN = re.compile(r"(<!-- bench:(?P<stem>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of one file; every column must be there, and no other."""
+    with path.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"{path.name}: the columns are {reader.fieldnames}, not {list(COLUMNS)}")
+    return rows
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file; a new row replaces the old one of the same bench, case, provider, device."""
+    kept = {identity(row): row for row in (read(path) if path.exists() else [])}
+    kept |= {identity(row): row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept.values())
+
+
+def identity(row: Row) -> tuple[str, ...]:
+    """What two rows of the same measurement agree in."""
+    return tuple(
+        row[c] for c in ("bench", "case", "provider", "shape", "dtype", "threads", "device")
+    )
+
+
+def number(value: float) -> str:
+    """Three figures, and no more than a reader needs of large numbers."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def ratio(ours: float, rival: float) -> str:
+    """Ours over the rival's, with two figures."""
+    value = ours / rival
+    return f"{value:.2f}x" if value >= 0.1 else f"{value:.3f}x"
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of log y over log x."""
+    xs = [math.log(x) for x, _ in points]
+    ys = [math.log(y) for _, y in points]
+    x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum((x - x0) ** 2 for x in xs)  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One bench on one device, as Markdown."""
+    by = {(row["case"], row["provider"]): row for row in rows}
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    ours = next((p for p in providers if p.startswith("fxprune")), None)
+    rival = next((p for p in providers if not p.startswith("fxprune")), None)
+    compared = ours is not None and rival is not None
+
+    lines = [["case", "shape", *providers, *([f"{ours} / {rival}"] if compared else [])]]
+    for case in cases:
+        shapes = dict.fromkeys(row["shape"] for row in rows if row["case"] == case)
+        line = [case, ", ".join(shapes)]
+        for provider in providers:
+            row = by.get((case, provider))
+            if row is None:
+                line.append("-")
+            else:
+                low, mid, high = (number(float(row[p])) for p in ("p20", "p50", "p80"))
+                line.append(f"**{mid}** ({low}-{high})")
+        if compared:
+            pair = [by.get((case, provider)) for provider in (ours, rival)]
+            line.append("-" if None in pair else ratio(*(float(row["p50"]) for row in pair)))
+        lines.append(line)
+    rule = ["---", "---", *["---:"] * (len(lines[0]) - 2)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What the numbers are, and where they were measured."""
+
+    def every(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] for row in rows))
+
+    return (
+        f"{every('unit')}, p50 (p20-p80); {every('device')}, {every('threads')} thread(s), "
+        f"{every('dtype')}, torch {every('torch')}; commit {every('commit')}, {every('date')}"
+    )
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Every table of one file of rows."""
+    parts = []
+    for bench, device in dict.fromkeys((row["bench"], row["device"]) for row in rows):
+        chosen = [row for row in rows if (row["bench"], row["device"]) == (bench, device)]
+        parts += [f"**{bench}**", table(chosen), caption(chosen)]
+    return "\n\n".join(parts)
+
+
+def splice(text: str, results: Path) -> str:
+    """The text with the content of every span made new."""
+
+    def fresh(span: re.Match[str]) -> str:
+        path = results / f"{span['stem']}.csv"
+        if not path.exists():
+            raise FileNotFoundError(f"a table is wanted for bench:{span['stem']}, but there is no {path.name}")  # fmt: skip
+        return f"{span[1]}\n{render(read(path))}\n\n{span[3]}"
+
+    return SPAN.sub(fresh, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if a table is not current")
+    check = parser.parse_args(argv).check
+    stale = False
+    for path in (ROOT / "README.md", ROOT / "bench" / "README.md"):
+        old = path.read_text()
+        new = splice(old, ROOT / "bench" / "results")
+        if new == old:
+            continue
+        stale = True
+        print(f"{path.relative_to(ROOT)}: {'not current' if check else 'written'}")
+        if not check:
+            path.write_text(new)
+    return int(check and stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
