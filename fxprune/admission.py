@@ -24,9 +24,7 @@ _OF_A_GRAPH_MODULE = (set(dir(GraphModule)) - set(dir(nn.Module))) | {
 def admit(model: nn.Module, example_inputs: tuple[Any, ...]) -> frozenset[str]:
     """Refuse what tracing would get wrong or lose; returns the names of layers that have hooks."""
     _check_inputs(model, example_inputs)
-    _check_forward(model)
-    _check_names(model)
-    _check_lazy(model)
+    _check_modules(model)
     return _check_hooks(model)
 
 
@@ -55,7 +53,8 @@ def _inputs(count: int) -> str:
     return "1 input" if count == 1 else f"{count} inputs"
 
 
-def _check_forward(model: nn.Module) -> None:
+def _check_modules(model: nn.Module) -> None:
+    """Replaced forwards, names that cannot be kept, lazy tensors: one walk over the modules."""
     for name, module in model.named_modules():
         if "forward" in vars(module):
             where = name or type(model).__name__
@@ -65,25 +64,33 @@ def _check_forward(model: nn.Module) -> None:
                 why="tracing follows the class, and would leave the replacement out",
                 fix="put the code into a subclass of the module",
             )
+        held = {**module._parameters, **module._buffers}
+        for own in (*module._modules, *held):
+            _check_name(f"{name}.{own}" if name else own, own)
+        for own, t in held.items():
+            if t is not None and nn.parameter.is_lazy(t):
+                raise TraceError(
+                    f"`{name}.{own}` has no shape yet",
+                    where=f"parameter {name}.{own}",
+                    why="the model has lazy modules that never saw an input",
+                    fix="run the model once on an example input, then compile it",
+                )
 
 
-def _check_names(model: nn.Module) -> None:
+def _check_name(path: str, own: str) -> None:
     """Names that a pruned network uses itself, or that generated code cannot hold."""
-    tensors = [n for n, _ in [*model.named_parameters(), *model.named_buffers()]]
-    for name in [*(n for n, _ in model.named_modules()), *tensors]:
-        if name in _OF_A_GRAPH_MODULE:
-            why = f"`{name}` is a name that a pruned network uses itself"
-            bad = name
-        elif bad := next((part for part in name.split(".") if not _writable(part)), ""):
-            why = "a graph runs as generated code, which cannot hold this name"
-        else:
-            continue
-        raise TraceError(
-            f"the name {bad!r} cannot be kept",
-            where=f"module or parameter {name!r}",
-            why=why,
-            fix="rename the attribute",
-        )
+    if path in _OF_A_GRAPH_MODULE:
+        why = f"`{own}` is a name that a pruned network uses itself"
+    elif not _writable(own):
+        why = "a graph runs as generated code, which cannot hold this name"
+    else:
+        return
+    raise TraceError(
+        f"the name {own!r} cannot be kept",
+        where=f"module or parameter {path!r}",
+        why=why,
+        fix="rename the attribute",
+    )
 
 
 def _writable(part: str) -> bool:
@@ -122,14 +129,3 @@ def _check_hooks(model: nn.Module) -> frozenset[str]:
             fix="remove the hooks (handle.remove()) and register them again on the pruned model",
         )
     return frozenset(kept)
-
-
-def _check_lazy(model: nn.Module) -> None:
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(t):
-            raise TraceError(
-                f"`{name}` has no shape yet",
-                where=f"parameter {name}",
-                why="the model has lazy modules that never saw an input",
-                fix="run the model once on an example input, then compile it",
-            )

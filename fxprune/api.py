@@ -16,7 +16,7 @@ from fxprune.budget import Budget
 from fxprune.config import Method, check_share, resolve
 from fxprune.cost import Cost
 from fxprune.errors import OptionError, OptionTypeError, PlanError, UnsupportedOpError
-from fxprune.groups import Analysis, analyze_model, state_of
+from fxprune.groups import Analysis, analyze_model, state_of, tensors_fingerprint
 from fxprune.inputs import find_inputs, unwrap
 from fxprune.mask import mask as mask
 from fxprune.plan import Plan
@@ -230,11 +230,9 @@ def _apply(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], notes: list[st
 
 def _check_tensors(model: nn.Module, plan: Plan) -> None:
     """The tensors of the model must be those of the plan's original."""
-    from fxprune.groups import tensors_fingerprint
-
-    if tensors_fingerprint(model) == plan.fingerprint["tensors"]:
-        return
     state = state_of(model)
+    if tensors_fingerprint(state) == plan.fingerprint["tensors"]:
+        return
     differing: list[str] = []
     for s in plan.slices:
         t = state.get(s.tensor)

@@ -7,6 +7,7 @@ cut is a sum of products of kept counts, so a budget search never runs the model
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,9 @@ _PRODUCTS = [
 class Cost:
     """Closed-form costs of an analysed network as functions of a keep mask, bool [classes]."""
 
-    rows_per_class: Any  # csr [slots, classes]: how many rows of a slot belong to a class
+    rows_per_class: Any  # csr [kinds of slots, classes]: how many rows belong to a class
     mac_factors: Array
-    mac_dims: Array  # int [terms, 2]: slot indices; the last slot always counts 1
+    mac_dims: Array  # int [terms, 2]: kinds of slots; the last one always counts 1
     param_factors: Array
     param_dims: Array
     fixed_macs: int
@@ -63,9 +64,12 @@ class Cost:
     def of(cls, analysis: Analysis) -> Cost:
         """Collect the terms of an analysed graph."""
         slots = analysis.slots
-        index = {(s.tensor, s.dim): i for i, s in enumerate(slots)}
-        one = len(slots)
-        classes = [analysis.classes(s.ids) for s in slots]
+        kinds = {id(s.ids): s.ids for s in slots}  # coupled tensors share their ids: count once
+        row = {key: i for i, key in enumerate(kinds)}
+        index = {(s.tensor, s.dim): row[id(s.ids)] for s in slots}
+        size = {(s.tensor, s.dim): s.size for s in slots}
+        one = len(kinds)
+        classes = [analysis.classes(ids) for ids in kinds.values()]
         rows = np.repeat(np.arange(one), [len(c) for c in classes])
         cols = np.concatenate([*classes, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         rows, cols = np.append(rows, one), np.append(cols, analysis.class_of[0])
@@ -74,14 +78,14 @@ class Cost:
         )
         terms = analysis.flow.ledger.macs
         params = retained_parameters(analysis.traced)
-        by_tensor: dict[str, list[int]] = {}
-        for (tensor, _), i in index.items():
-            by_tensor.setdefault(tensor, []).append(i)
+        by_tensor: dict[str, list[tuple[str, int]]] = {}
+        for key in index:
+            by_tensor.setdefault(key[0], []).append(key)
         factors, dims = [], []
         for name, t in params.items():
             own = by_tensor.get(name, [])
-            factors.append(t.numel() / max(float(np.prod([slots[i].size for i in own])), 1.0))
-            dims.append(own)
+            factors.append(t.numel() / max(math.prod(size[key] for key in own), 1))
+            dims.append([index[key] for key in own])
         return cls(
             rows_per_class=incidence,
             mac_factors=np.array([t.factor for t in terms]),

@@ -46,8 +46,17 @@ class Flow:
         """Labels of all tensors among the arguments."""
         found: list[Label] = []
         for n in node.all_input_nodes:
-            found += [v for v in pytree.tree_leaves(self.labels.get(n)) if isinstance(v, Label)]
+            found += leaves(self.labels.get(n))
         return found
+
+
+def leaves(value: Value) -> list[Label]:
+    """The labels in a value."""
+    if isinstance(value, Label):
+        return [value]
+    if value is None:
+        return []
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, Label)]
 
 
 Rule = Callable[[Flow, Node], Value]
@@ -96,8 +105,8 @@ def flow_through(traced: Traced, whole_groups: Mapping[str, bool] = MappingProxy
     for node in traced.graph.nodes:
         flow.labels[node] = _visit(flow, node)
         _note_whole_reads(flow, node)
-        for label in pytree.tree_leaves(flow.labels[node]):
-            several = isinstance(label, Label) and len(label.varying) > 1
+        for label in leaves(flow.labels[node]):
+            several = len(label.varying) > 1
             if several:  # guard: rectangles -> tests/test_law.py -k shuffle_view
                 flow.ledger.arrays.append(label.ids)
     flow.ledger.freeze_whole()  # guard: read whole -> tests/test_bad_input.py -k "elsewhere or read"
@@ -182,6 +191,8 @@ def unsliceable(t: Tensor) -> str:
 
 def uncut_like(value: Any) -> Value:
     """Labels of values that no pruning touches."""
+    if isinstance(value, Tensor):
+        return uncut(value.shape)
     return pytree.tree_map(lambda v: uncut(v.shape) if isinstance(v, Tensor) else None, value)
 
 

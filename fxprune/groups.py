@@ -29,6 +29,7 @@ from torch.fx import Node
 from fxprune.errors import PlanError
 from fxprune.graph import place
 from fxprune.labels import UNCUT, Label, Slot
+from fxprune.pause import collector_paused
 from fxprune.plan import Note
 from fxprune.rules import Flow, flow_through
 from fxprune.trace import Traced, trace
@@ -102,10 +103,15 @@ class Analysis:
         )  # fmt: skip
 
     @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the model's state_dict."""
+        return state_of(self.traced.model)
+
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Hashes of the tensors' names and shapes, and of the graph."""
         return {
-            "tensors": tensors_fingerprint(self.traced.model),
+            "tensors": tensors_fingerprint(self.state),
             "graph": graph_fingerprint(self.traced),
         }
 
@@ -190,7 +196,7 @@ def lineage_of(analysis: Analysis, keep: Array, older: Lineage | None) -> Lineag
     for s in analysis.slots:
         own = analysis.classes(s.ids)
         classes[s.tensor, s.dim] = own[keep[own]]
-    keys = older.keys if older else frozenset(state_of(analysis.traced.model))
+    keys = older.keys if older else frozenset(analysis.state)
     return Lineage(keys, classes, dict(analysis.flow.ledger.whole_groups))
 
 
@@ -218,6 +224,7 @@ def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
     )
 
 
+@collector_paused
 def analyze_model(
     model: nn.Module, example_inputs: tuple[Any, ...], lineage: Lineage | None = None
 ) -> Analysis:
@@ -347,7 +354,8 @@ def _pieces(flow: Flow, class_of: Array, stays: Array) -> list[Array]:
     """Sets of classes of which one must stay, smallest first; those with a frozen one need no care."""
     ledger = flow.ledger
     sets = {}
-    for ids in [*(s.ids for s in ledger.slots.values()), *ledger.pieces]:
+    different = {id(ids): ids for ids in [*(s.ids for s in ledger.slots.values()), *ledger.pieces]}
+    for ids in different.values():
         classes = np.unique(class_of[ids.numpy()])
         if len(classes) and not stays[classes].any():
             sets[classes.tobytes()] = classes
@@ -367,9 +375,9 @@ def _reasons(flow: Flow) -> dict[str, str]:
 # Fingerprints
 
 
-def tensors_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the sorted (key, shape) pairs of the state_dict."""
-    pairs = sorted((k, tuple(v.shape)) for k, v in state_of(model).items())
+def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the sorted (key, shape) pairs of a state_dict."""
+    pairs = sorted((k, tuple(v.shape)) for k, v in state.items())
     return hashlib.sha256(repr(pairs).encode()).hexdigest()
 
 

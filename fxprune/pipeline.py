@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 
 from fxprune.errors import UnsupportedOpError
-from fxprune.groups import Analysis, Array, lineage_of, state_of
+from fxprune.groups import Analysis, Array, lineage_of
 from fxprune.mask import mask
 from fxprune.passes.fold_batchnorm import fold_batchnorm
 from fxprune.passes.slice_channels import slice_channels
+from fxprune.pause import collector_paused
 from fxprune.plan import Fold, Plan
 from fxprune.pruned import (
     Origin,
@@ -51,6 +52,7 @@ class Progress:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@collector_paused
 def cut(
     analysis: Analysis,
     plan: Plan,
@@ -86,7 +88,7 @@ def cut(
 def _left_out(analysis: Analysis, pruned: PrunedModule) -> list[str]:
     """Tensors of the model that the graph does not use, so that nobody looks for them in vain."""
     here = pruned.state_dict()
-    gone = [k for k in state_of(analysis.traced.model) if k not in here]
+    gone = [k for k in analysis.state if k not in here]
     owners = [
         owner
         for owner in dict.fromkeys(k.rpartition(".")[0] or k for k in gone)

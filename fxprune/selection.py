@@ -17,9 +17,10 @@ from fxprune.budget import Budget, Ranked, allowed_counts, by_budget, by_ratio, 
 from fxprune.config import Method
 from fxprune.cost import Cost, retained_tensors
 from fxprune.errors import OptionError, OptionTypeError, PlanError
-from fxprune.groups import Analysis, Array, Group, state_of
+from fxprune.groups import Analysis, Array, Group
 from fxprune.labels import Slot
 from fxprune.passes.slice_channels import slices_of
+from fxprune.pause import collector_paused
 from fxprune.plan import Fold, Plan, Slice
 
 Ignore = Sequence[str] | Callable[[nn.Module, str], bool]
@@ -219,6 +220,7 @@ def check_finite(analysis: Analysis) -> None:
                 )
 
 
+@collector_paused
 def select(
     analysis: Analysis,
     method: Method,
@@ -267,7 +269,7 @@ def write_plan(
     folds: Iterable[Fold] = (),
 ) -> Plan:
     """The plan of a keep mask, bool [classes]."""
-    known = state_of(analysis.traced.model)
+    known = analysis.state
     whole = analysis.everything()
     return Plan(
         fxprune_version=__version__,
@@ -430,7 +432,7 @@ def mask_of(analysis: Analysis, plan: Plan) -> Array:
         stays = _indices(f"{s.tensor}, dimension {s.dim}", s.keep, s.size)
         _check_coupled(analysis, s.tensor, slot, stays)
         keep[analysis.classes(slot.ids)[~stays]] = False
-    known = state_of(analysis.traced.model)
+    known = analysis.state
     complete = {(s.tensor, s.dim): s for s in slices_of(analysis, keep) if s.tensor in known}
     given = {(s.tensor, s.dim): s for s in plan.slices}
     for key, s in complete.items():

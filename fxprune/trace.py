@@ -49,6 +49,7 @@ class Traced:
     notes: list[str] = field(default_factory=list)
     dropped: frozenset[str] = frozenset()  # children that only train mode uses
     hooked: frozenset[str] = frozenset()  # leaf modules with hooks
+    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -57,8 +58,10 @@ class Traced:
 
     def module(self, node: Node) -> nn.Module:
         """The module that a call_module node calls."""
-        found: nn.Module = get_path(self.model, str(node.target))
-        return found
+        name = str(node.target)
+        if name not in self._modules:
+            self._modules[name] = get_path(self.model, name)
+        return self._modules[name]
 
     def attribute(self, node: Node) -> Any:
         """What a get_attr node reads: a parameter, a buffer, or a tensor that forward made."""
