@@ -191,3 +191,21 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
         for module, mode in modes:
             module.training = mode
     return int(counter.get_total_flops()) // 2 // batch_size(inputs)
+
+
+def thop(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
+    """Multiply-adds per sample as the thop package counts them: `macs` + 2 x batch-norm elements."""
+    elements = 0
+
+    def count(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        nonlocal elements
+        elements += out.numel()
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [m.register_forward_hook(count) for m in norms]
+    try:
+        total = macs(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total + 2 * elements // batch_size(example_inputs)

@@ -206,7 +206,7 @@ def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
     With a lineage, channels that were coupled in the first original stay coupled.
     """
     flow = flow_through(traced, lineage.whole_groups if lineage else {})
-    if lineage is not None:  # guard: cuts compose -> tests/test_roundtrips.py -k compos
+    if lineage is not None:  # guard: cuts compose -> tests/test_roundtrips.py -k cuts
         _couple_as_before(flow, lineage)
     class_of = _classes(flow)
     stays = np.zeros(class_of.max() + 1, dtype=bool)

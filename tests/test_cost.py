@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune import zoo
-from fxprune.cost import Cost, macs
+from fxprune.cost import Cost, macs, thop
 from fxprune.selection import write_plan
 
 
@@ -84,21 +84,22 @@ def test_the_mode_does_not_matter_and_stays(mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "params"),
+    ("name", "total", "with_norms", "params"),
     [
-        ("resnet20", 40_551_040, 269_722),
-        ("resnet32", 68_862_592, 464_154),
-        ("resnet56", 125_485_696, 853_018),
-        ("resnet110", 252_887_680, 1_727_962),
+        ("resnet20", 40_551_040, 40_927_872, 269_722),
+        ("resnet32", 68_862_592, 69_468_800, 464_154),
+        ("resnet56", 125_485_696, 126_550_656, 853_018),
+        ("resnet110", 252_887_680, 254_984_832, 1_727_962),
     ],
 )
-def test_cifar_resnets(name, total, params):
-    """Convolutions and the last linear, as He et al. 2016 and Li et al. 2017 count them."""
+def test_cifar_resnets(name, total, with_norms, params):
+    """Convolutions and the last linear, as He et al. 2016 and Li et al. 2017 count them; and as thop."""
     model, x = zoo.build(name).eval(), torch.randn(2, 3, 32, 32)
     analysis = fxprune.analyze(model, x)
     cost = Cost.of(analysis)
     assert cost.macs(analysis.everything()) == macs(model, (x,)) == total
     assert cost.params(analysis.everything()) == params
+    assert thop(model, (x,)) == with_norms
 
 
 def test_params_count_what_the_graph_uses():

@@ -48,23 +48,19 @@ def contract(flow: Flow, node: Node, x: Label, w: Weight, axis: int) -> Label:
         columns = torch.zeros_like(columns)
     n_in, n_out = len(columns), out.shape[axis]
     dim_out, dim_in = (1, 0) if w.transposed else (0, 1)
-    bias = ledger.slots.get((w.bias, 0)) if w.bias else None
     blocks_in, blocks_out = (1, w.groups) if w.transposed else (w.groups, 1)
     if w.groups > 1 and _by_whole_groups(ledger, w, columns, n_in, n_out):
         rows = _whole_groups(flow, node, w, columns, n_out)
     else:
         known = ledger.slots.get((w.name, dim_out))
         rows = known.ids if known else ledger.fresh(n_out)
-        producer = True
-        rows = ledger.slot(w.name, dim_out, "out", rows, node, blocks=blocks_out, producer=producer)
+        rows = ledger.slot(w.name, dim_out, "out", rows, node, blocks=blocks_out, producer=True)
         columns = ledger.slot(w.name, dim_in, "in", columns, node, blocks=blocks_in)
         if w.groups > 1:
             for ids in (columns, rows):  # guard: same positions -> tests/test_law.py -k grouped
                 ledger.couple_along(ids.view(w.groups, -1), [0], node, "of a grouped convolution")
     if w.bias is not None:
-        ledger.slot(w.bias, 0, "out", bias.ids if bias else rows, node)
-        if bias is not None:
-            ledger.couple(bias.ids, rows, node)
+        ledger.slot(w.bias, 0, "out", rows, node)
     _count(flow, node, x, w, n_in, n_out)
     shape = [1] * len(out.shape)
     shape[axis] = n_out
