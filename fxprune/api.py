@@ -20,9 +20,11 @@ from fxprune.groups import Analysis, analyze_model, state_of, tensors_fingerprin
 from fxprune.inputs import find_inputs, unwrap
 from fxprune.mask import mask as mask
 from fxprune.plan import Plan
+from fxprune.planning import mask_of, write_plan
 from fxprune.pruned import PrunedModule
 from fxprune.recalibrate import recalibrate
-from fxprune.selection import Ignore, check_align, mask_of, select, write_plan
+from fxprune.scope import Ignore
+from fxprune.selection import check_align, select
 from fxprune.trace import trace
 
 Inputs = Tensor | tuple[Any, ...] | None

@@ -125,7 +125,7 @@ class Analysis:
 
         Raises PlanError where indices are out of range or the couplings forbid the choice.
         """
-        from fxprune.selection import plan_by_hand
+        from fxprune.planning import plan_by_hand
 
         return plan_by_hand(self, keep)
 

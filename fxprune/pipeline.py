@@ -19,6 +19,7 @@ from fxprune.passes.fold_batchnorm import fold_batchnorm
 from fxprune.passes.slice_channels import slice_channels
 from fxprune.pause import collector_paused
 from fxprune.plan import Fold, Plan
+from fxprune.planning import compose
 from fxprune.pruned import (
     Origin,
     PrunedModule,
@@ -29,7 +30,6 @@ from fxprune.pruned import (
     stamp_of,
 )
 from fxprune.report import GroupRow, Report
-from fxprune.selection import compose
 from fxprune.verify import BOUND_32, verify
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune import zoo
 from fxprune.cost import Cost, macs, thop
-from fxprune.selection import write_plan
+from fxprune.planning import write_plan
 
 
 def parameters(model):

@@ -20,7 +20,7 @@ from torch import nn
 import fxprune
 from fxprune.cost import Cost
 from fxprune.groups import Analysis
-from fxprune.selection import write_plan
+from fxprune.planning import write_plan
 
 BOUND = 1e-9
 

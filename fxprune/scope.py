@@ -1,0 +1,93 @@
+"""Which groups may be cut at all: `scope`, `ignore`, and a clear word when nothing is left."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import nn
+
+from fxprune.errors import OptionTypeError, PlanError
+from fxprune.groups import Analysis, Array, Group
+
+Ignore = Sequence[str] | Callable[[nn.Module, str], bool]
+
+
+def choose_groups(analysis: Analysis, scope: str | Sequence[str], ignore: Ignore) -> list[Group]:
+    """The groups that scope and ignore leave; PlanError for a pattern that matches nothing."""
+    frozen = _ignored_classes(analysis, ignore)
+    groups = [g for g in analysis.groups if not frozen[g.classes].any()]
+    if scope == "free":
+        groups = [g for g in groups if not g.residual]
+    elif scope != "all":
+        patterns = [scope] if isinstance(scope, str) else list(scope)
+        names = {g.name: {g.name, *g.members, *(m.rpartition(".")[0] for m in g.members)} for g in groups}  # fmt: skip
+        for pattern in patterns:
+            if not any(fnmatch.filter(n, pattern) for n in names.values()):
+                raise _no_match("scope", pattern, sorted(names))
+        groups = [g for g in groups if any(fnmatch.filter(names[g.name], p) for p in patterns)]
+    if not groups:
+        raise _nothing(analysis, scope, ignore)
+    return groups
+
+
+def _no_match(where: str, pattern: str, names: Sequence[str]) -> PlanError:
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return PlanError(
+        f"the pattern {pattern!r} in {where} matches nothing",
+        where=where,
+        why=f"there are, for example, {some}" if names else "there is nothing to match",
+        fix="patterns are those of fnmatch, over names of modules and parameters: 'layer1.*'",
+    )
+
+
+def _nothing(analysis: Analysis, scope: object, ignore: object) -> PlanError:
+    if analysis.groups:
+        why = f"scope={scope!r} and ignore={ignore!r} leave none of {len(analysis.groups)} groups"
+    else:
+        reasons = [f"{node}: {text}" for node, text in analysis.frozen.items()]
+        opaque = {str(node.name): why for node, why in analysis.flow.ledger.whole.values()}
+        reasons += [
+            f"{node}: {text}" for node, text in opaque.items() if node not in analysis.frozen
+        ]
+        why = "every channel is frozen. " + "; ".join(reasons[:8]) if reasons else "the model has no layer with channels to cut"  # fmt: skip
+    return PlanError(
+        "nothing can be pruned",
+        where=type(analysis.traced.model).__name__,
+        why=why,
+        fix="print(fxprune.analyze(model)) shows what is frozen and why",
+    )
+
+
+def _ignored_classes(analysis: Analysis, ignore: Ignore) -> Array:
+    """Classes that hold an output channel of an ignored module or parameter: bool [classes]."""
+    frozen = np.zeros(len(analysis.stays), dtype=bool)
+    tensors = analysis.traced.tensors
+    ignored = _ignored_names(analysis, ignore)
+    for slot in analysis.slots:
+        makes = slot.role == "out" or analysis.flow.ledger.whole_groups.get(slot.tensor, False)
+        if makes and not ignored.isdisjoint(tensors.names.get(slot.tensor, [slot.tensor])):
+            frozen[analysis.classes(slot.ids)] = True
+    return frozen
+
+
+def _ignored_names(analysis: Analysis, ignore: Ignore) -> set[str]:
+    model = analysis.traced.model
+    names = [n for owned in analysis.traced.tensors.names.values() for n in owned]
+    if callable(ignore):
+        keep = {n: m for n, m in model.named_modules() if n and not ignore(m, n)}
+        return {n for n in names if any(n.startswith(m + ".") for m in keep)}
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    modules = [n for n, _ in model.named_modules() if n]
+    ignored: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise OptionTypeError(f"ignore holds {pattern!r}", where="ignore", why="patterns are strings")  # fmt: skip
+        hit_modules = fnmatch.filter(modules, pattern)
+        hit = set(fnmatch.filter(names, pattern))
+        hit |= {n for n in names for m in hit_modules if n.startswith(m + ".")}
+        if not hit and not hit_modules:
+            raise _no_match("ignore", pattern, modules)
+        ignored |= hit
+    return ignored
