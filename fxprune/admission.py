@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import keyword
-import warnings
 from typing import Any
 
 from torch import nn
@@ -99,12 +97,7 @@ def _writable(part: str) -> bool:
         return False
     if part.replace("_", "a").isalnum():
         return True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # unknown escapes stand for themselves
-            return bool(ast.literal_eval(f'"{part}"') == part) if part else True
-    except (SyntaxError, ValueError):
-        return False
+    return part.isprintable() and '"' not in part and "\\" not in part
 
 
 def _check_hooks(model: nn.Module) -> frozenset[str]:

@@ -17,13 +17,13 @@ from fxprune.config import Method, check_share, resolve
 from fxprune.cost import Cost
 from fxprune.errors import OptionError, OptionTypeError, PlanError, UnsupportedOpError
 from fxprune.groups import Analysis, analyze_model, state_of, tensors_fingerprint
-from fxprune.inputs import find_inputs, unwrap
+from fxprune.inputs import find_inputs, guessed, unwrap
 from fxprune.mask import mask as mask
 from fxprune.plan import Plan
 from fxprune.planning import mask_of, write_plan
 from fxprune.pruned import PrunedModule
 from fxprune.recalibrate import recalibrate
-from fxprune.scope import Ignore
+from fxprune.scope import Ignore, left_whole
 from fxprune.selection import check_align, select
 from fxprune.trace import trace
 
@@ -95,6 +95,8 @@ def compile(
         )
     model, notes = unwrap(model)
     steps = pipeline.Progress(progress)
+    if guessed(model, example_inputs, data):
+        notes.append("no example input was given: sizes and MACs are those of a guessed one")
     inputs, data = find_inputs(model, example_inputs, data)
     with steps.step("analyse"):
         analysis = _analyze(model, inputs)
@@ -103,6 +105,7 @@ def compile(
             analysis, chosen, limit, scope=scope, ignore=ignore, align=align, seed=seed
         )
     pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
+    pruned.report.frozen += left_whole(analysis, plan, scope=scope, ignore=ignore, align=align)
     if fold:
         pruned = pipeline.fold(pruned, steps, check=verify)
     pruned = pipeline.sealed(pruned)

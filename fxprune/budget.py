@@ -113,12 +113,14 @@ def by_budget(
         keep = keep_mask(analysis, ranked, counts)
         reached = ", ".join(f"{price[n](keep):,} {n}" for n in limits)
         asked = ", ".join(f"{limit:,} {n}" for n, limit in limits.items())
+        whole = analysis.everything()
+        least = " and ".join(f"{n}={_up(price[n](keep) / price[n](whole))}" for n in limits)
         raise PlanError(
             f"the budget cannot be reached: at most {asked} may remain, at least {reached} do",
             where="budget",
-            why=f"with one channel (or `align`) left in each of {len(ranked)} prunable groups; "
-            f"{len(analysis.frozen)} nodes hold channels that cannot be cut",
-            fix='raise the budget, lower align, or use scope="all" with fewer ignored layers',
+            why=f"that is with as few channels as can be in each of {len(ranked)} groups; "
+            "what is frozen, ignored, out of scope or aligned stays",
+            fix=f"raise the budget to {least}; print(fxprune.analyze(model)) shows what is frozen",
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -128,6 +130,11 @@ def by_budget(
         else:
             high = middle
     return _spend(ranked, counts, fits)
+
+
+def _up(share: float) -> float:
+    """A share rounded up to three digits."""
+    return math.ceil(share * 1000) / 1000
 
 
 def _spend(ranked: list[Ranked], counts: list[int], fits: Callable[[list[int]], bool]) -> list[int]:

@@ -109,5 +109,11 @@ def check_share(
     )
     if math.isnan(value) or not inside:
         bounds = f"{least} {'<=' if least_ok else '<'} {name} {'<=' if most_ok else '<'} {most}"
-        raise OptionError(f"{name} is {value}", where=name, why=f"it must lie in {bounds}")
+        raise OptionError(
+            f"{name} is {value}",
+            where=name,
+            why=f"it must lie in {bounds}",
+            fix=f"{name} is a fraction, not percent"
+            + (f": {value / 100:g}" if 1 < value <= 100 else ", such as 0.5"),
+        )
     return float(value)

@@ -159,7 +159,7 @@ def _visit_module(flow: Flow, node: Node) -> Value:
     if node.target in flow.traced.hooked:  # guard: hooks -> tests/test_bad_input.py -k hook
         return opaque(flow, node, f"`{node.target}` has hooks that may change what it computes")
     parametrized = hasattr(module, "parametrizations")
-    if parametrized:  # guard: parametrized -> tests/test_bad_input.py -k parametrizations
+    if parametrized:  # guard: parametrized -> tests/test_bad_input.py -k parametrized_layers
         why = f"`{node.target}` is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
         return opaque(flow, node, why + " makes it prunable")
     kind = type(module)

@@ -78,6 +78,13 @@ def find_inputs(
     return (torch.zeros(1, conv.in_channels, *spatial, dtype=_dtype(model)),), data
 
 
+def guessed(model: nn.Module, example_inputs: object, data: object) -> bool:
+    """Whether `find_inputs` has nothing to go by but the first convolution."""
+    known = getattr(model, "example_input_array", None) is not None
+    known = known or bool((getattr(model, "default_cfg", None) or {}).get("input_size"))
+    return example_inputs is None and data is None and not known
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 

@@ -158,7 +158,7 @@ def carry_attributes(model: nn.Module, new: PrunedModule) -> list[str]:
     left = []
     plain = set(vars(nn.Module())) | {"forward", "_compiled_call_impl"}
     if isinstance(model, GraphModule):
-        plain |= set(vars(new))
+        plain |= set(vars(new)) | set(PrunedModule.__annotations__)
     for name, value in vars(model).items():
         if name in plain or name.startswith("__"):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from fxprune.errors import OptionTypeError, PlanError
 from fxprune.groups import Analysis, Array, Group
+from fxprune.plan import Note, Plan
 
 Ignore = Sequence[str] | Callable[[nn.Module, str], bool]
 
@@ -32,13 +34,41 @@ def choose_groups(analysis: Analysis, scope: str | Sequence[str], ignore: Ignore
     return groups
 
 
+def left_whole(
+    analysis: Analysis, plan: Plan, *, scope: str | Sequence[str], ignore: Ignore, align: int
+) -> list[Note]:
+    """Why groups that could have been cut were not: ignored, out of scope, or nothing had to go."""
+    frozen = _ignored_classes(analysis, ignore)
+    chosen = {g.name for g in choose_groups(analysis, scope, ignore)}
+    cut = {s.tensor for s in plan.slices}
+    names: dict[str, list[str]] = {}
+    shown = "filter_fn" if callable(ignore) else f"{ignore!r}"
+    for group in analysis.groups:
+        if frozen[group.classes].any():
+            why = f"kept by ignore={shown}, alone or through a coupled layer"
+        elif group.name not in chosen:
+            why = f"left out by scope={scope!r}"
+        elif group.producers[0].tensor in cut:
+            continue
+        elif align > 1:
+            why = f"the share that fits, rounded to align={align}, is its whole width"
+        else:
+            why = "the share that fits is its whole width"
+        names.setdefault(why, []).append(group.name)
+    return [Note(", ".join(owners), why) for why, owners in names.items()]
+
+
 def _no_match(where: str, pattern: str, names: Sequence[str]) -> PlanError:
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    words = ["all", "free"] if where == "scope" else []
+    near = difflib.get_close_matches(pattern, [*words, *names], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    choice = '"all", "free", or patterns' if where == "scope" else "patterns"
     return PlanError(
         f"the pattern {pattern!r} in {where} matches nothing",
         where=where,
         why=f"there are, for example, {some}" if names else "there is nothing to match",
-        fix="patterns are those of fnmatch, over names of modules and parameters: 'layer1.*'",
+        fix=f"{hint}{where} takes {choice} of fnmatch over names of modules and parameters",
     )
 
 
@@ -83,7 +113,7 @@ def _ignored_names(analysis: Analysis, ignore: Ignore) -> set[str]:
     ignored: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise OptionTypeError(f"ignore holds {pattern!r}", where="ignore", why="patterns are strings")  # fmt: skip
+            raise OptionTypeError("ignore holds " + (type(pattern).__name__ if isinstance(pattern, nn.Module) else repr(pattern)), where="ignore", why="patterns are strings: the names of modules, as model.named_modules() gives them")  # fmt: skip
         hit_modules = fnmatch.filter(modules, pattern)
         hit = set(fnmatch.filter(names, pattern))
         hit |= {n for n in names for m in hit_modules if n.startswith(m + ".")}

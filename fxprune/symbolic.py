@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from torch.fx import Graph, Node, Tracer
 from fxprune.errors import TraceError
 from fxprune.graph import signature
 
-TORCH_HOME = str(Path(torch.__file__).parent)
-FXPRUNE_HOME = str(Path(__file__).parent)
+TORCH_HOME = str(Path(torch.__file__).parent) + os.sep
+FXPRUNE_HOME = str(Path(__file__).parent) + os.sep
 LEAF_CLASSES = {"torchvision.ops.misc.FrozenBatchNorm2d", "torchvision.ops.stochastic_depth.StochasticDepth"}  # fmt: skip
 
 

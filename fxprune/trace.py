@@ -117,13 +117,29 @@ def _shapes(traced: Traced) -> None:
             raise TraceError(
                 f"{type(traced.model).__name__} does not accept the example input: {first_line(error)}",
                 where=f"node {node.name} at {place(node) or 'unknown line'}" if node else None,
-                why=f"the example input has shape {_shapes_of(traced.example_inputs)}",
-                fix="pass example_inputs=... of the shape that the model expects",
+                why=f"the example input is {_shapes_of(traced.example_inputs)}",
+                fix=_remedy(traced),
             ) from error
 
 
 def _shapes_of(inputs: tuple[Any, ...]) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, Tensor)) or "no tensor"
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    return ", ".join(f"{_dtype(t.dtype)} of shape {tuple(t.shape)}" for t in tensors)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _remedy(traced: Traced) -> str:
+    """What to pass instead, as far as types tell."""
+    own = next((p.dtype for p in traced.model.parameters() if p.is_floating_point()), None)
+    given = next((t.dtype for t in pytree.tree_leaves(traced.example_inputs) if isinstance(t, Tensor)), own)  # fmt: skip
+    if own is not None and given != own:
+        return (
+            f"the parameters are {_dtype(own)}: pass x.to(torch.{_dtype(own)}), if it is an image"
+        )
+    return "pass example_inputs=... of the shape that forward expects, with a batch dimension"
 
 
 def to_meta(value: Any) -> Any:
