@@ -143,7 +143,7 @@ class Ledger:
         a, b = torch.broadcast_tensors(a, b)
         a, b = a.flatten(), b.flatten()
         fixed = (a == UNCUT) | (b == UNCUT)
-        if bool(fixed.any()):  # guard: meets what stays -> tests/test_law.py
+        if bool(fixed.any()):  # guard: meets what stays -> tests/test_groups.py -k meeting
             reason = why or "it meets channels that cannot be cut"
             self.freeze(torch.maximum(a, b)[fixed], node, reason)
             a, b = a[~fixed], b[~fixed]

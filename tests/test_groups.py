@@ -248,3 +248,31 @@ def test_a_piece_that_no_layer_reads_alone_keeps_a_channel_too():
         fxprune.analyze(net, x).plan({"stem": [3, 4, 5]})
     net.stem.weight.data[:3] *= 1e-3
     assert min(fxprune.compile(net, x, budget=0.4).plan.keep("stem.weight", 0)) < 3
+
+
+def test_meeting_the_input_freezes_and_says_why():
+    net = Apply(
+        lambda m, x: m.head(x + m.stem(x)), stem=nn.Conv2d(3, 3, 1), head=nn.Conv2d(3, 2, 1)
+    )
+    analysis, found = groups(net)
+    assert found == {}
+    assert "it meets a tensor whose channels cannot be cut" in analysis.frozen["add"]
+
+
+def test_channels_coupled_in_the_original_stay_coupled_in_later_cuts():
+    """After the first cut two groups of one channel are left, which alone would look independent."""
+
+    def shuffled(m, x):
+        y = m.stem(m.first(x))
+        b, _, h, w = y.shape
+        return m.head(y.view(b, 2, 6, h, w).transpose(1, 2).reshape(b, 12, h, w))
+
+    net = Apply(
+        shuffled, first=nn.Conv2d(3, 8, 1), stem=nn.Conv2d(8, 12, 1), head=nn.Conv2d(12, 2, 1)
+    )
+    x = torch.randn(1, 3, 8, 8)
+    once = fxprune.apply(net, fxprune.analyze(net, x).plan({"stem": [2, 8]}), x)
+    twice = fxprune.compile(once, x, method=fxprune.methods.L1(ratio=0.5))
+    again = fxprune.apply(net, twice.plan, x)
+    assert torch.equal(twice(x), again(x))
+    assert twice.plan.keep("stem.weight", 0) == (2, 8)
