@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import platform
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fxprune._version import __version__
 from fxprune.errors import FxPruneError
 
 if TYPE_CHECKING:
@@ -72,10 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fxprune {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: _Debug = False) -> None:
+def _options(
+    debug: _Debug = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
     # The callback keeps `demo` a word of its own even while it is the only command.
-    del debug  # `main` reads it
+    del debug, version  # `main` reads the one, `_print_version` the other
 
 
 @app.command()
@@ -101,6 +115,7 @@ def demo(
 
 # ---- demo ---------------------------------------------------------------------------------------
 
+_METHOD = "l1"
 _BUDGET = 0.5  # of the MACs
 _ALIGN = 8  # kept widths are multiples of what a vector register holds in float32
 _WIDTH = 32
@@ -113,6 +128,7 @@ def _demo(console: Console, out: Path, seed: int, threads: int) -> dict[str, Any
 
     import fxprune
     from fxprune import data, fit, zoo
+    from fxprune.report import as_fast
 
     api: Any = fxprune  # the commands below are the public ones
     start = time.perf_counter()
@@ -122,9 +138,9 @@ def _demo(console: Console, out: Path, seed: int, threads: int) -> dict[str, Any
     train, test = data.digits(batch_size=64, seed=seed)
     example = next(iter(test))[0][:1]
 
-    console.rule("[bold]fxprune demo", align="left")
-    _step(console, 1, "Train a ResNet-20 to read digits (1,437 images of 8x8 pixels).")
     model = zoo.resnet20(in_channels=1, width=_WIDTH)
+    console.rule(f"[bold]{_title(type(model).__name__, _METHOD)} - fxprune demo", align="left")
+    _step(console, 1, "Train a ResNet-20 to read digits (1,437 images of 8x8 pixels).")
     recipe = fit.Recipe(epochs=8, lr=0.1, warmup=1, seed=seed)
     with _timed() as took:
         fit.train(model, train, recipe)
@@ -141,7 +157,7 @@ def _demo(console: Console, out: Path, seed: int, threads: int) -> dict[str, Any
         pruned = api.compile(
             model,
             example,
-            method="l1",
+            method=_METHOD,
             budget=_BUDGET,
             align=_ALIGN,
             data=train,
@@ -175,11 +191,12 @@ def _demo(console: Console, out: Path, seed: int, threads: int) -> dict[str, Any
     report = pruned.report
     report.stages.update(stages)
     report.timings[:] = _measure(model, pruned)
+    report.environment = _environment(model, threads)
     for before, after in zip(report.timings[::2], report.timings[1::2], strict=True):
         _told(
             console,
             f"batch {before.batch}: {before.median_ms:.2f} ms -> {after.median_ms:.2f} ms, "
-            f"{before.median_ms / after.median_ms:.2f} times as fast",
+            + as_fast(before.median_ms / after.median_ms),
         )
 
     _step(console, 5, "Save, and load it back in a fresh process.")
@@ -193,6 +210,8 @@ def _demo(console: Console, out: Path, seed: int, threads: int) -> dict[str, Any
     onnx = _export(api, console, pruned, out / "net.onnx")
     report.to_html(page)
 
+    console.print()
+    console.print(_title(report.model, report.method), style="bold", markup=False)
     console.print()
     console.print(_summary(report))
     console.print()
@@ -238,6 +257,24 @@ def _measure(model: nn.Module, pruned: nn.Module) -> list[Any]:
             for name, t in latency(calls, rounds=25).items():
                 rows.append(TimingRow(name, batch, 1e3 * t.median, 1e3 * t.p20, 1e3 * t.p80))
     return rows
+
+
+def _environment(model: nn.Module, threads: int) -> str:
+    """What the networks were measured on, in words."""
+    import torch
+
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    on = f"{threads} thread{'s' * (threads > 1)} of {_processor()}"
+    return f"{on}, {dtype}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    """The name of the CPU, or at least its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "an unknown CPU"
 
 
 def _call(network: nn.Module, x: Tensor) -> Any:
@@ -316,6 +353,8 @@ def _summary(report: Report) -> Any:
     from rich import box
     from rich.table import Table
 
+    from fxprune.report import as_fast
+
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim")
     table.add_column("")
     for name in ("original", "pruned", ""):
@@ -335,7 +374,7 @@ def _summary(report: Report) -> Any:
             f"latency, batch {before.batch}",
             f"{before.median_ms:.2f} ms",
             f"[bold]{after.median_ms:.2f} ms",
-            f"{before.median_ms / after.median_ms:.2f}x speed",
+            as_fast(before.median_ms / after.median_ms),
         )
     return table
 
@@ -349,6 +388,10 @@ def _step(console: Console, number: int, text: str) -> None:
 
 def _told(console: Console, text: str) -> None:
     console.print(f"   {text}", markup=False, style="dim", soft_wrap=True)
+
+
+def _title(model: str, method: str) -> str:
+    return f"{model} pruned by {method}"
 
 
 def _percent(share: float) -> str:

@@ -12,15 +12,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import StringIO
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -157,24 +153,10 @@ class Analysis:
 
 def analysis_table(analysis: Analysis) -> str:
     """The groups and what is frozen, as text for a terminal."""
-    table = Table(title=f"{len(analysis.groups)} prunable groups", title_justify="left")
-    for column in ("group", "channels", "cuttable", "coupled by an addition", "tensors"):
-        table.add_column(column, justify="right" if column in ("channels", "cuttable") else "left")
-    for g in analysis.groups:
-        first = ", ".join(m.removesuffix(".weight") for m in g.members[:3])
-        more = f", and {len(g.members) - 3} more" if len(g.members) > 3 else ""
-        table.add_row(
-            escape(g.name), str(g.width), str(len(g)), "yes" if g.residual else "", escape(first + more)
-        )  # fmt: skip
-    frozen = Table(title="frozen", title_justify="left")
-    frozen.add_column("node")
-    frozen.add_column("why")
-    for node, why in analysis.frozen.items():
-        frozen.add_row(escape(node), escape(why))
-    console = Console(file=StringIO(), width=110)
-    console.print(table)
-    console.print(frozen)
-    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+    from fxprune.report import AnalysisRow, analysis_text
+
+    rows = [AnalysisRow(g.name, g.width, len(g), g.residual, g.members) for g in analysis.groups]
+    return analysis_text(rows, analysis.frozen)
 
 
 @dataclass(frozen=True)
@@ -206,7 +188,7 @@ def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
     With a lineage, channels that were coupled in the first original stay coupled.
     """
     flow = flow_through(traced, lineage.whole_groups if lineage else {})
-    if lineage is not None:  # guard: cuts compose -> tests/test_roundtrips.py -k cuts
+    if lineage is not None:  # guard: cuts compose -> tests/test_groups.py -k later_cuts
         _couple_as_before(flow, lineage)
     class_of = _classes(flow)
     stays = np.zeros(class_of.max() + 1, dtype=bool)

@@ -20,20 +20,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from io import StringIO
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxprune._version import __version__
 from fxprune.errors import FxPruneError
 from fxprune.plan import Note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
-    from rich.text import Text
 
 SCHEMA_VERSION = 1
 _HEAD, _TAIL = 16, 6  # rows of a long table of groups that the terminal shows
+_GAP = 3  # cells between two columns of a table in the terminal
+_NAME = 48  # cells that the name of a group may take there
+_BAR = 16
+_SPANS_FROM = 90  # columns of a terminal in which the modules of a group are told
 _PLOTTED = 80  # groups that the plot of widths shows at most; the page's table has all of them
 
 
@@ -44,6 +49,17 @@ class GroupRow:
     name: str
     before: int
     after: int
+    members: tuple[str, ...]  # the tensors that the group spans
+
+
+@dataclass(frozen=True)
+class AnalysisRow:
+    """Channels that live or die together, before any cut; `residual`: an addition couples them."""
+
+    name: str
+    channels: int
+    cuttable: int
+    residual: bool
     members: tuple[str, ...]  # the tensors that the group spans
 
 
@@ -79,6 +95,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)  # a score by stage; accuracies 0 to 1
     timings: list[TimingRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # how long each step took
+    environment: str = ""  # what the timings were taken on: threads, processor, dtype, torch
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts and lists; numbers that are not finite become None."""
@@ -118,22 +135,16 @@ class Report:
 
     def __repr__(self) -> str:
         """The table as plain text, without colour codes, as wide as the terminal."""
-        from rich.console import Console
-
-        width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        ascii_only = not encoding.lower().startswith("utf")
-        out = _Sink(encoding)
-        console = Console(
-            file=out, width=width, color_system=None, force_terminal=False, _environ={}
-        )
-        console.print(self)
-        text = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-        return text.encode(encoding, "replace").decode(encoding) if ascii_only else text
+        return _as_text(lambda width, ascii_only: _terminal(self, width, ascii_only))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table for rich: `rich.print(report)` shows it in colour."""
-        return _terminal(self, ascii_only=options.ascii_only)
+        return _terminal(self, options.max_width, options.ascii_only)
+
+
+def analysis_text(rows: Sequence[AnalysisRow], frozen: Mapping[str, str]) -> str:
+    """What may be cut, and what may not (node -> why), as plain text as wide as the terminal."""
+    return _as_text(lambda width, ascii_only: _analysis(rows, frozen, width, ascii_only))
 
 
 class _Sink(StringIO):
@@ -215,11 +226,11 @@ def _headline(report: Report) -> list[_Metric]:
 
 
 def _reasons(notes: Sequence[Note]) -> dict[str, list[str]]:
-    """Reason -> the nodes that share it, in order of first appearance."""
-    found: dict[str, list[str]] = {}
+    """Reason -> the nodes that share it, in order of first appearance; "a, b" are two."""
+    found: dict[str, dict[str, None]] = {}
     for note in notes:
-        found.setdefault(note.why, []).append(note.node)
-    return found
+        found.setdefault(note.why, {}).update(dict.fromkeys(note.node.split(", ")))
+    return {why: list(nodes) for why, nodes in found.items()}
 
 
 def _batches(timings: Sequence[TimingRow]) -> dict[int, list[TimingRow]]:
@@ -259,12 +270,52 @@ def _percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
 
 
-def _score(value: float, shares: bool) -> str:
-    return _percent(value, 2) if shares else f"{value:.4g}"
+def _scorer(stages: Mapping[str, float]) -> Callable[[float], str]:
+    """How these scores are written: all with as many digits behind the point."""
+    if _shares(stages):
+        return lambda value: _percent(value, 2)
+    most = max((abs(v) for v in stages.values() if math.isfinite(v)), default=0.0)
+    if not 1e-3 <= most < 1e6:
+        return lambda value: f"{value:.4g}"
+    digits = max(3 - math.floor(math.log10(most)), 0)
+    return lambda value: f"{value:.{digits}f}"
 
 
-def _ms(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+def _timer(timings: Sequence[TimingRow]) -> Callable[[float], str]:
+    """How these milliseconds are written: all with as many digits behind the point."""
+    medians = [t.median_ms for t in timings if math.isfinite(t.median_ms) and t.median_ms > 0]
+    least = min(medians, default=1.0)
+    digits = next(d for d, low in ((0, 100), (1, 10), (2, 0.1), (4, 0)) if least >= low)
+    return lambda value: f"{value:.{digits}f}"
+
+
+def as_fast(times: float) -> str:
+    """The one wording for a speed in comparison."""
+    return f"{times:.2f}x as fast"
+
+
+def _gain(row: TimingRow, first: TimingRow) -> str:
+    gain = _speedup(row, first)
+    return "" if row is first or gain is None else as_fast(gain)
+
+
+def _short(name: str, most: int = 44, dots: str = "…") -> str:
+    """A long name with its middle left out; `most` counts cells of a terminal."""
+    from rich.cells import cell_len
+
+    name = _clean(name)
+    if cell_len(name) <= most:
+        return name
+    room = max(most - len(dots), 2)
+    head, tail = _cells(name, room // 2), _cells(name[::-1], room - room // 2)[::-1]
+    return f"{head}{dots}{tail}"
+
+
+def _cells(text: str, most: int) -> str:
+    """The start of a text, so much that it takes at most so many cells of a terminal."""
+    from rich.cells import cell_len
+
+    return text[: sum(total <= most for total in accumulate(map(cell_len, text)))]
 
 
 def _some(names: Sequence[str], most: int) -> str:
@@ -272,11 +323,44 @@ def _some(names: Sequence[str], most: int) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def _modules(name: str, members: Sequence[str]) -> list[str]:
+    """The modules that a group spans, without the one that it is named after."""
+    modules = dict.fromkeys(m.rpartition(".")[0] or m for m in members)
+    modules.pop(name, None)
+    return list(modules)
+
+
+def _fitting(names: Sequence[str], width: int) -> str:
+    """Up to three of the names, as many as a column has room for, and how many more there are."""
+    from rich.cells import cell_len
+
+    for most in (3, 2):
+        if cell_len(text := _some(names, most)) <= width:
+            return text
+    return _some(names, 1)
+
+
 # ---- terminal -----------------------------------------------------------------------------------
 
 
-def _terminal(report: Report, *, ascii_only: bool) -> Iterator[Table | Text]:
+def _as_text(shown: Callable[[int, bool], Iterator[RenderableType]]) -> str:
+    """What `shown(width, ascii_only)` yields, as plain text for stdout: no colour codes."""
+    from rich.console import Console
+
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    ascii_only = not encoding.lower().startswith("utf")
+    out = _Sink(encoding)
+    console = Console(file=out, width=width, color_system=None, force_terminal=False, _environ={})
+    for part in shown(width, ascii_only):
+        console.print(part)
+    text = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return text.encode(encoding, "replace").decode(encoding) if ascii_only else text
+
+
+def _terminal(report: Report, width: int, ascii_only: bool) -> Iterator[RenderableType]:
     """The report as rich's tables and texts; no user's string is read as markup."""
+    from rich.padding import Padding
     from rich.text import Text
 
     how = [f"by {_clean(report.method)}", f"traced with {_clean(report.front_end)}"]
@@ -285,25 +369,29 @@ def _terminal(report: Report, *, ascii_only: bool) -> Iterator[Table | Text]:
     yield Text.assemble((_clean(report.model), "bold"), " pruned ", ", ".join(how))
     yield Text()
     yield _headline_table(report)
-    for title, table in (
-        (_groups_title(report), _groups_table(report, ascii_only)),
-        ("Score by stage", _stages_table(report)),
-        ("Latency, ms per call: median (20th to 80th percentile)", _timings_table(report)),
-    ):
-        if table.row_count:
-            yield Text()
-            yield Text(title, "bold")
-            yield table
+    if report.groups:
+        yield Text()
+        yield Text(_groups_title(report), "bold")
+        yield from _groups_tables(report.groups, width, ascii_only)
+    if report.stages:
+        yield Text()
+        yield Text("Score by stage", "bold")
+        yield _stages_table(report)
+    if report.timings:
+        yield Text()
+        yield Text("Latency, ms per call: median (20th to 80th percentile)", "bold")
+        yield _timings_table(report)
+        if report.environment:
+            yield Text(f"measured on {_clean(report.environment)}", "dim")
     if report.frozen:
         yield Text()
         yield Text("Not cut", "bold")
-        for why, nodes in _reasons(report.frozen).items():
-            yield Text.assemble("  ", (_some(nodes, 3), "cyan"), f": {_clean(why)}")
+        yield from _reason_lines(report.frozen)
     if report.notes:
         yield Text()
         yield Text("To know", "bold")
         for note in report.notes:
-            yield Text(f"  {_clean(note)}")
+            yield Padding(Text(_clean(note)), (0, 0, 0, 2))
     yield Text()
     if report.verified:
         yield Text.assemble(("Verified: ", "bold green"), _clean(report.verified))
@@ -344,64 +432,138 @@ def _groups_title(report: Report) -> str:
     return f"Channels by group: {cut} of {len(report.groups)} groups cut"
 
 
-def _groups_table(report: Report, ascii_only: bool) -> Table:
+def _reason_lines(notes: Sequence[Note]) -> Iterator[RenderableType]:
+    """A line per reason, with the first of the nodes that share it."""
+    from rich.padding import Padding
     from rich.text import Text
 
-    table = _table(
-        ("group", "left"), ("before", "right"), ("after", "right"), ("", "left"), ("spans", "left")
-    )
-    last = table.columns[-1]
-    last.no_wrap, last.overflow = True, "crop" if ascii_only else "ellipsis"
-    full, empty = ("#", ".") if ascii_only else ("█", "░")
-    groups = report.groups
-    hidden = len(groups) - _HEAD - _TAIL
-    hidden = hidden if hidden > 2 else 0
-    for i, g in enumerate(groups):
-        if hidden and i == _HEAD:
-            lost = sum(r.before - r.after for r in groups[_HEAD : _HEAD + hidden])
-            table.add_row(Text(f"({hidden} more groups, {lost:,} channels cut)", "dim"))
-        if hidden and _HEAD <= i < _HEAD + hidden:
-            continue
-        filled = round(16 * g.after / g.before) if g.before else 0
-        table.add_row(
-            Text(_clean(g.name)),
-            str(g.before),
-            Text(str(g.after), "bold" if g.after < g.before else "dim"),
-            Text(full * filled + empty * (16 - filled), "cyan"),
-            Text(_spans(g), "dim"),
-        )
+    for why, nodes in _reasons(notes).items():
+        line = Text.assemble((_some(nodes, 3), "cyan"), f": {_clean(why)}")
+        yield Padding(line, (0, 0, 0, 2))
+
+
+def _room(
+    width: int, names: Sequence[str], numbers: Sequence[int], bar: int = 0
+) -> tuple[int, int, int]:
+    """Cells for the names of groups, a bar, and the modules that they span; 0: no such column.
+
+    numbers: the cells that other columns take. Names come first: the rest gets what they leave.
+    """
+    from rich.cells import cell_len
+
+    rest = width - sum(n + _GAP for n in numbers)
+    longest = max(cell_len(_clean(n)) for n in names)
+    name = max(min(longest, _NAME, rest), len("group"))
+    rest -= name + _GAP
+    bar = min(bar, rest) if rest >= bar // 2 else 0
+    rest -= bar + _GAP if bar else 0
+    return name, bar, rest if width >= _SPANS_FROM and rest >= 20 else 0
+
+
+def _fixed(table: Table, widths: Sequence[int], ascii_only: bool) -> Table:
+    """The table with columns of these widths, in which nothing is folded."""
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width, column.no_wrap, column.vertical = width, True, "bottom"
+        column.overflow = "crop" if ascii_only else "ellipsis"
     return table
 
 
-def _spans(group: GroupRow) -> str:
-    """The modules that a group spans, without the one that it is named after."""
-    modules = dict.fromkeys(m.rpartition(".")[0] or m for m in group.members)
-    modules.pop(group.name, None)
-    return _some(list(modules), 3)
+def _groups_tables(
+    groups: Sequence[GroupRow], width: int, ascii_only: bool
+) -> Iterator[RenderableType]:
+    """One line per group; of many groups the first and the last, and a line that counts the rest."""
+    from rich.text import Text
+
+    hidden = len(groups) - _HEAD - _TAIL
+    hidden = hidden if hidden > 2 else 0
+    left_out = groups[_HEAD : _HEAD + hidden]
+    parts = [groups[:_HEAD], groups[_HEAD + hidden :]] if hidden else [groups]
+    before = max(len("before"), *(len(str(g.before)) for g in groups))
+    after = max(len("after"), *(len(str(g.after)) for g in groups))
+    names = [g.name for part in parts for g in part]
+    name, bar, spans = _room(width, names, (before, after), _BAR)
+    full, empty = ("#", ".") if ascii_only else ("█", "░")
+    columns = [("group", "left", name), ("before", "right", before), ("after", "right", after)]
+    columns += [("", "left", bar)] * bool(bar) + [("spans", "left", spans)] * bool(spans)
+    for i, part in enumerate(parts):
+        table = _table(*(c[:2] for c in columns))
+        table.show_header = not i
+        for g in part:
+            filled = round(bar * g.after / g.before) if g.before else 0
+            cells = [
+                Text(_short(g.name, name, "..." if ascii_only else "…")),
+                Text(str(g.before)),
+                Text(str(g.after), "bold" if g.after < g.before else "dim"),
+            ]
+            if bar:
+                cells.append(Text(full * filled + empty * (bar - filled), "cyan"))
+            if spans:
+                cells.append(Text(_fitting(_modules(g.name, g.members), spans), "dim"))
+            table.add_row(*cells)
+        if i:
+            lost = sum(g.before - g.after for g in left_out)
+            yield Text(f"({hidden} more groups, {lost:,} channels cut)", "dim")
+        yield _fixed(table, [c[2] for c in columns], ascii_only)
+
+
+def _analysis(
+    rows: Sequence[AnalysisRow], frozen: Mapping[str, str], width: int, ascii_only: bool
+) -> Iterator[RenderableType]:
+    """One line per group, their sum, and what is frozen."""
+    from rich.text import Text
+
+    count = f"group{'s' * (len(rows) != 1)}"
+    yield Text(f"{len(rows)} prunable {count}", "bold")
+    if rows:
+        numbers = len("channels"), len("cuttable"), len("an addition")
+        name, _, spans = _room(width, [r.name for r in rows], numbers)
+        headers = ["group", "channels", "cuttable", "coupled by\nan addition"]
+        headers += ["spans"] * bool(spans)
+        table = _table(*((h, "right" if h in headers[1:3] else "left") for h in headers))
+        for r in rows:
+            cells = [
+                Text(_short(r.name, name, "..." if ascii_only else "…")),
+                Text(str(r.channels)),
+                Text(str(r.cuttable)),
+                Text("yes" if r.residual else ""),
+            ]
+            if spans:
+                cells.append(Text(_fitting(_modules(r.name, r.members), spans), "dim"))
+            table.add_row(*cells)
+        yield Text()
+        yield _fixed(table, [name, *numbers, *[spans] * bool(spans)], ascii_only)
+        yield Text()
+        yield Text(
+            f"In all: {len(rows)} {count}, {sum(r.cuttable for r in rows):,} cuttable channels"
+        )
+    if frozen:
+        yield Text()
+        yield Text("Frozen", "bold")
+        yield from _reason_lines([Note(node, why) for node, why in frozen.items()])
 
 
 def _stages_table(report: Report) -> Table:
     from rich.text import Text
 
     table = _table(("stage", "left"), ("score", "right"))
-    shares = _shares(report.stages)
+    score = _scorer(report.stages)
     for stage, value in report.stages.items():
-        table.add_row(Text(_clean(stage)), _score(value, shares))
+        table.add_row(Text(_clean(stage)), score(value))
     return table
 
 
 def _timings_table(report: Report) -> Table:
     from rich.text import Text
 
-    table = _table(("network", "left"), ("batch", "right"), ("ms", "right"), ("speed-up", "right"))
+    table = _table(("network", "left"), ("batch", "right"), ("ms", "right"), ("", "left"))
+    ms = _timer(report.timings)
     for rows in _batches(report.timings).values():
         for row in rows:
-            gain = _speedup(row, rows[0])
             table.add_row(
                 Text(_clean(row.name)),
                 str(row.batch),
-                f"{_ms(row.median_ms)} ({_ms(row.p20_ms)} to {_ms(row.p80_ms)})",
-                "" if row is rows[0] or gain is None else f"{gain:.2f}x",
+                f"{ms(row.median_ms)} ({ms(row.p20_ms)} to {ms(row.p80_ms)})",
+                _gain(row, rows[0]),
             )
     return table
 
@@ -422,15 +584,16 @@ _INK, _MUTED, _LINE, _ACCENT, _PALE = _COLOURS
 
 def _page(report: Report) -> str:
     """The whole page as text."""
+    import torch
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(
-        files("fxprune").joinpath("templates/report.html").read_text(encoding="utf-8")
+        files("fxprune").joinpath("report.html").read_text(encoding="utf-8")
     )
-    shares = _shares(report.stages)
+    score, ms = _scorer(report.stages), _timer(report.timings)
     tiles = [
         {
             "label": m.label,
@@ -447,9 +610,9 @@ def _page(report: Report) -> str:
         tiles.append(
             {
                 "label": f"score, {last[0]}",
-                "value": _score(last[1], shares),
+                "value": score(last[1]),
                 "unit": "",
-                "detail": f"{_score(first[1], shares)} {first[0]}",
+                "detail": f"{score(first[1])} {first[0]}",
                 "asked": "",
             }
         )
@@ -462,20 +625,16 @@ def _page(report: Report) -> str:
         ],
         groups_title=_groups_title(report),
         reasons=_reasons(report.frozen),
-        stages=[(name, _score(value, shares)) for name, value in report.stages.items()],
+        stages=[(name, score(value)) for name, value in report.stages.items()],
         timings=[
-            (row, _ms(row.median_ms), _ms(row.p20_ms), _ms(row.p80_ms), _gain(row, rows[0]))
+            (row, ms(row.median_ms), ms(row.p20_ms), ms(row.p80_ms), _gain(row, rows[0]))
             for rows in _batches(report.timings).values()
             for row in rows
         ],
         hidden=max(len(report.groups) - _PLOTTED, 0),
         plots=_plots(report),
+        versions=f"fxprune {__version__}, torch {torch.__version__}",
     )
-
-
-def _gain(row: TimingRow, first: TimingRow) -> str:
-    gain = _speedup(row, first)
-    return "" if row is first or gain is None else f"{gain:.2f} ×"
 
 
 def _latency_tiles(report: Report) -> list[dict[str, str]]:
@@ -484,13 +643,14 @@ def _latency_tiles(report: Report) -> list[dict[str, str]]:
     if not batches or len(batches[-1][1]) < 2:
         return []
     batch, rows = batches[-1]
-    gain = _speedup(rows[-1], rows[0])
+    gain, ms = _gain(rows[-1], rows[0]), _timer(report.timings)
+    value, _, unit = gain.partition(" ")
     return [
         {
             "label": f"latency, batch {batch}",
-            "value": "-" if gain is None else f"{gain:.2f} ×",
-            "unit": "faster" if gain is None or gain >= 1 else "as fast",
-            "detail": f"{_ms(rows[0].median_ms)} → {_ms(rows[-1].median_ms)} ms",
+            "value": value or "-",
+            "unit": unit,
+            "detail": f"{ms(rows[0].median_ms)} → {ms(rows[-1].median_ms)} ms",
             "asked": "",
         }
     ]
@@ -562,12 +722,6 @@ def _svg(figure: Figure, prefix: str) -> str:
     return text
 
 
-def _short(name: str, most: int = 44) -> str:
-    """A long name with its middle left out."""
-    name = _clean(name)
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
-
-
 def _draw_widths(report: Report) -> Figure:
     """A bar per group: the old width pale, the new one on top of it."""
     from matplotlib.figure import Figure
@@ -599,7 +753,7 @@ def _draw_stages(report: Report) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    shares = _shares(report.stages)
+    shares, score = _shares(report.stages), _scorer(report.stages)
     values = list(report.stages.values())
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     figure = Figure(figsize=(_WIDE, 2.7), layout="constrained")
@@ -614,7 +768,7 @@ def _draw_stages(report: Report) -> Figure:
             # Below a valley, above anything else: never on the line.
             valley = 0 < i < len(values) - 1 and values[i - 1] > value < values[i + 1]
             axes.annotate(
-                _score(value, shares),
+                score(value),
                 (i, value),
                 xytext=(0, -11 if valley else 9),
                 textcoords="offset points",
@@ -644,6 +798,7 @@ def _draw_latency(report: Report) -> Figure:
     from matplotlib.figure import Figure
 
     batches = _batches(report.timings)
+    ms = _timer(report.timings)
     heights = [max(len(rows), 1) for rows in batches.values()]
     figure = Figure(figsize=(_WIDE, sum(0.34 * h + 0.62 for h in heights)), layout="constrained")
     panels = figure.subplots(len(batches), 1, squeeze=False, height_ratios=[h + 1 for h in heights])
@@ -655,12 +810,12 @@ def _draw_latency(report: Report) -> Figure:
             for end in (row.p20_ms, row.p80_ms):
                 axes.plot([end, end], [i - 0.13, i + 0.13], color=_INK, linewidth=1.6)
             gain = _gain(row, rows[0])
-            text = f"{_ms(row.median_ms)} ms" + (f"  ({gain})" if gain else "")
+            text = f"{ms(row.median_ms)} ms" + (f" ({gain})" if gain else "")
             place = max(row.p80_ms, row.median_ms) + 0.012 * widest
             axes.text(place, i, text, va="center", fontsize=9)
         axes.set_yticks(range(len(rows)), [_short(r.name) for r in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, 1.22 * widest)
+        axes.set_xlim(0, 1.32 * widest)
         axes.set_title(f"batch {batch}", loc="left", fontsize=10, color=_MUTED)
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)

@@ -38,6 +38,13 @@ def test_help_names_the_command(capsys):
         assert option in text
 
 
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"fxprune {fxprune.__version__}\n"
+    assert captured.err == ""
+
+
 @pytest.mark.parametrize(
     "words",
     [[], ["dmeo"], ["demo", "--bogus"], ["demo", "--seed", "x"], ["demo", "--threads", "0"]],
@@ -135,6 +142,9 @@ def test_demo_json_is_one_document(tmp_path, capsys):
         "fine-tuned",
     ]
     assert data["report"]["timings"][1]["median_ms"] == 1.0
+    environment = data["report"]["environment"]
+    assert environment.startswith("1 thread of ")
+    assert environment.endswith(f", float32, torch {torch.__version__}")
     for path in data["files"].values():
         assert Path(path).is_file()
     assert "noise on stdout" in captured.err
@@ -148,6 +158,8 @@ def test_demo_without_the_export_extra_goes_on(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "fxprune[export]" in out
     assert "50.0% remain" in out
+    assert out.count("CifarResNet pruned by l1") == 2
+    assert out.count("2.00x as fast") == 2
     assert "report.html" in out
     assert not (tmp_path / "net.onnx").exists()
 

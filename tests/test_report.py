@@ -13,11 +13,13 @@ import re
 import sys
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
+import fxprune
 from fxprune.errors import FxPruneError
 from fxprune.plan import Note
-from fxprune.report import GroupRow, Report, TimingRow
+from fxprune.report import AnalysisRow, GroupRow, Report, TimingRow, analysis_text
 
 NASTY = "<script>alert(1)</script>[red]&$x$\x1b[31m"
 
@@ -121,7 +123,8 @@ def test_text_tells_the_story(monkeypatch):
         "view_0, view_1, view_2 and 6 more: unknown size",
         "branch aux was dropped",
         "31.00 %",
-        "2.00x",
+        "2.00x as fast",
+        "20.0 (19.0 to 22.0)",
         "Verified: max relative difference",
         "trace 0.21 s",
     ):
@@ -168,6 +171,154 @@ def test_many_groups_are_collapsed_in_text_but_not_in_the_page(tmp_path):
     page = _page(_report(groups=groups), tmp_path)
     assert "<code>layer99.conv</code>" in page
     assert "20 more groups stand in the table" in page
+
+
+WIDTHS = [60, 80, 100, 120]
+
+
+def _mobile():
+    """Groups with names as long as those of MobileNet, and with as many members."""
+    return [
+        GroupRow(
+            f"features.{i}.block.{j}.{'fc1' if j == 2 else 0}",
+            1280,
+            640 + i,
+            tuple(f"features.{i + k}.block.{j}.{k}.weight" for k in range(9)),
+        )
+        for i in range(10, 16)
+        for j in range(3)
+    ]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_group_is_one_line(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = repr(_report(groups=_mobile())).splitlines()
+    assert max(map(len, lines)) <= width
+    start = lines.index("Channels by group: 18 of 18 groups cut")
+    assert lines[start + 1].split() == ["group", "before", "after", *["spans"] * (width >= 90)]
+    for group, line in zip(_mobile(), lines[start + 3 :], strict=False):
+        assert line.split()[:3] == [group.name, "1280", str(group.after)]
+        assert line.split()[3] == "████████░░░░░░░░"
+        assert ("and" in line and "more" in line) == (width >= 90)
+    assert lines[start + 3 + 18] == ""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["a" * 30 + "." + "b" * 170, "層" * 60])
+def test_a_very_long_name_loses_its_middle(name, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    groups = [GroupRow(name, 16, 7, (f"{name}x.weight",)), GroupRow("short", 16, 8, ())]
+    lines = repr(_report(groups=groups)).splitlines()
+    (line,) = (line for line in lines if line.startswith(name[:10]))
+    shown, before, after, *_ = line.split()
+    assert (before, after) == ("16", "7")
+    assert re.fullmatch(rf"{name[0]}+…{name[-1]}+", shown)
+    assert cell_len(line) <= width
+    assert [line.split()[:3] for line in lines if "short" in line] == [["short", "16", "8"]]
+
+
+def test_names_go_before_the_bar(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "features.denseblock3.denselayer12.norm1.x"
+    (line,) = (
+        x for x in repr(_report(groups=[GroupRow(name, 9, 3, ())])).splitlines() if name in x
+    )
+    assert line.split() == [name, "9", "3"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_line_of_left_out_groups_is_one_line(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    groups = [GroupRow(f"c{i}", 16, 8, ()) for i in range(100)]
+    lines = repr(_report(groups=groups)).splitlines()
+    at = lines.index("(78 more groups, 624 channels cut)")
+    assert lines[at - 1].split()[0] == "c15"
+    assert lines[at + 1].split()[0] == "c94"
+    assert lines[at - 1].index("16") == lines[at + 1].index("16")
+
+
+def test_nodes_told_together_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    names = [f"layer{i}.conv2" for i in range(30)]
+    report = _report(frozen=[Note(", ".join(names), 'left out by scope="free"')])
+    text = repr(report)
+    assert 'layer0.conv2, layer1.conv2, layer2.conv2 and 27 more: left out by scope="free"' in text
+    page = _page(report, tmp_path)
+    for name in names:
+        assert f"<code>{name}</code>" in page
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_numbers_of_a_column_have_the_same_digits(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    report = _report(
+        timings=[
+            TimingRow("original", 1, 1.3, 1.29, 1.3),
+            TimingRow("pruned", 1, 0.5, 0.5, 0.52),
+            TimingRow("original", 64, 120.0, 119.0, 123.456),
+            TimingRow("pruned", 64, 60.0, 59.0, 61.0),
+        ],
+        stages={"before": 2.0, "after": 12.346},
+    )
+    text = repr(report)
+    for part in ("1.30 (1.29 to 1.30)", "0.50 (0.50 to 0.52)", "120.00 (119.00 to 123.46)"):
+        assert part in text
+    assert re.search(r"^before +2\.00$", text, re.MULTILINE)
+    assert re.search(r"^after +12\.35$", text, re.MULTILINE)
+
+
+def test_environment_is_told_and_may_be_missing(tmp_path):
+    report = _report(environment="1 thread of <CPU>, float32")
+    assert "measured on 1 thread of <CPU>, float32" in repr(report)
+    assert "Measured on 1 thread of &lt;CPU&gt;, float32." in _page(report, tmp_path)
+    data = json.loads(report.to_json())
+    del data["environment"]
+    assert Report.from_json(json.dumps(data)).environment == ""
+    assert "easured on" not in repr(_report()) + _page(_report(), tmp_path)
+
+
+# ---- analysis
+
+
+def _rows():
+    return [
+        AnalysisRow(g.name, g.before, g.after, i % 2 == 0, g.members)
+        for i, g in enumerate(_mobile())
+    ]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_analysis_has_one_line_per_group(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    frozen = {"output": "outputs of the model", **{f"view_{i}": "unknown size" for i in range(9)}}
+    text = analysis_text(_rows(), frozen)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0] == "18 prunable groups"
+    assert lines[3].split() == [*["group", "channels", "cuttable", "an", "addition"], *["spans"] * (width >= 90)]  # fmt: skip
+    for row, line in zip(_rows(), lines[5:], strict=False):
+        words = line.split()
+        assert words[:3] == [row.name, str(row.channels), str(row.cuttable)]
+        assert ("yes" in words) == row.residual
+        assert "weight" not in line
+    assert lines[5 + 18] == ""
+    assert f"In all: 18 groups, {sum(r.cuttable for r in _rows()):,} cuttable channels" in lines
+    assert "  output: outputs of the model" in lines
+    assert "  view_0, view_1, view_2 and 6 more: unknown size" in lines
+
+
+def test_an_analysis_of_little(monkeypatch):
+    assert analysis_text([], {}) == "0 prunable groups"
+    text = analysis_text([AnalysisRow(NASTY, 4, 2, False, (NASTY,))], {NASTY: NASTY})
+    assert text.startswith("1 prunable group\n")
+    assert "\x1b" not in text
+    assert "[red]" in text
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert analysis_text(_rows(), {"größe": "größer"}).isascii()
+    assert analysis_text([AnalysisRow("a" * 99, 1, 1, True, ())], {}).isascii()
+    assert "a...a" in analysis_text([AnalysisRow("a" * 99, 1, 1, True, ())], {})
 
 
 def test_text_for_a_stream_without_unicode(monkeypatch):
@@ -235,7 +386,8 @@ def test_page_shows_the_plots_that_have_data(tmp_path):
     page = _page(_report(), tmp_path)
     assert page.count("<svg") == 3
     assert "31.00 %" in page
-    assert "2.00 ×" in page
+    assert "2.00x" in page
+    assert "10.0 ms (2.00x as fast)" in page
     assert "<svg" not in _page(_small(), tmp_path)
     odd = _report(stages={"a": -3.0, "b": math.nan}, groups=[GroupRow("g", 1, 1, ())])
     assert "-3" in _page(odd, tmp_path)
@@ -260,6 +412,16 @@ def test_page_escapes_names(tmp_path):
     parser.feed(page)
     assert parser.open == []
     assert "script" not in parser.tags
+
+
+def test_the_page_says_what_and_with_what(tmp_path):
+    import torch
+
+    page = _page(_report(), tmp_path)
+    assert "<title>CifarResNet pruned by l1 - fxprune</title>" in page
+    footer = page[page.index("<footer") :]
+    assert f"fxprune {fxprune.__version__}, torch {torch.__version__}" in footer
+    assert '<td class="name"><code>layer1.0.conv1</code></td>' in page
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
