@@ -175,7 +175,8 @@ def _visit_module(flow: Flow, node: Node) -> Value:
 def _computed(module: nn.Module) -> bool:
     """Whether hooks compute the weight: old weight_norm, spectral_norm, and pruning by masks."""
     parts = ("weight_g", "weight_v", "weight_orig", "weight_mask", "bias_orig")
-    return "weight" in vars(module) or any(p in module._parameters for p in parts)
+    plain = any(isinstance(vars(module).get(own), Tensor) for own in ("weight", "bias"))
+    return plain or any(part in module._parameters for part in parts)
 
 
 def unsliceable(t: Tensor) -> str:

@@ -91,7 +91,8 @@ def arguments(node: Node, *names: str) -> Arguments:
 
 def first_argument(node: Node) -> Any:
     """The first argument of a call, however it was passed."""
-    return next(iter((*node.args, *node.kwargs.values())), None)
+    named = node.kwargs.get("input", next(iter(node.kwargs.values()), None))
+    return node.args[0] if node.args else named
 
 
 def varargs(node: Node, start: int = 1, keyword: str = "shape") -> list[Any] | Node:

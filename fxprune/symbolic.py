@@ -94,6 +94,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
             fix="make that branch a module of its own, replace the condition by a constant, "
             "or prune a sub-module that traces: fxprune.compile(model.backbone, ...)",
         ) from error
+    _refuse_reshaping_in_place(graph)
     made = {k: v for k, v in vars(model).items() if k not in before}
     constants = {k: v for k, v in made.items() if k.startswith("_tensor_constant")}
     for name in constants:
@@ -113,6 +114,35 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
         named = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
         notes.append(f"arguments of forward beyond the example inputs keep their defaults: {named}")
     return Capture(graph, constants, notes)
+
+
+_IN_PLACE = {
+    f"{name}_"
+    for name in [
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "t",
+        "swapaxes",
+        "swapdims",
+        "resize",
+        "resize_as",
+        "set",
+        "as_strided",
+    ]
+}
+
+
+def _refuse_reshaping_in_place(graph: Graph) -> None:
+    """A tensor whose shape changes under the same name has no one shape to reason about."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _IN_PLACE:
+            raise TraceError(
+                f"forward changes the shape of a tensor in place, with `{node.target}`",
+                where=str(node.meta.get("where", "")),
+                why="the tensor would have two shapes under one name",
+                fix=f"use `{str(node.target)[:-1]}` and its result",
+            )
 
 
 def _defaults(model: nn.Module, given: int) -> dict[str, Any] | None:

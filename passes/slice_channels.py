@@ -27,7 +27,7 @@ from fxprune.groups import Analysis, Array
 from fxprune.labels import Label
 from fxprune.modes import ModeCall
 from fxprune.plan import Slice
-from fxprune.rules.movement import index_steps, pad_amounts
+from fxprune.rules.movement import index_steps, merged, pad_amounts
 from fxprune.rules.per_channel import channel_axis
 from fxprune.surgery import Surgeon, refit
 
@@ -145,9 +145,12 @@ def _layer(cut: Cut, node: Node, surgeon: Surgeon, root: dict[str, Any]) -> None
         label = cut.label(node)
         assert isinstance(new, nn.Unflatten)
         if label is not None and cut.is_cut(label):
-            start = module.dim % len(value_of(node.args[0]).shape)  # type: ignore[arg-type]
+            start = module.dim % len(value_of(first_argument(node)).shape)  # type: ignore[arg-type]
             stop = start + len(module.unflattened_size)
-            new.unflattened_size = tuple(cut.sizes(label)[start:stop])
+            sizes = cut.sizes(label)[start:stop]
+            new.unflattened_size = tuple(
+                w if w == -1 else n for w, n in zip(module.unflattened_size, sizes, strict=True)
+            )
         return
     label = cut.label(first_argument(node))
     channels = None if label is None else _channels(cut, module, label)
@@ -190,7 +193,8 @@ def _drop_unused(old: Graph, cut: Cut) -> None:
     """Remove size queries that pinning left without a reader."""
     for node in reversed(old.nodes):
         new = cut.env[node]
-        if isinstance(new, Node) and not new.users and node.users and new.op != "placeholder":
+        query = node.op.startswith("call_") and op_name(node) in ("size", "getattr", "getitem")
+        if query and isinstance(new, Node) and node.users and not new.users:
             cut.graph.erase_node(new)
 
 
@@ -200,14 +204,22 @@ def _drop_unused(old: Graph, cut: Cut) -> None:
 def _size(cut: Cut, node: Node) -> Any:
     """x.size(1), x.shape[1]: the original number, where the axis is cut."""
     if op_name(node) == "size" and isinstance(value_of(node), int):
-        source, axis = node.args[0], arguments(node, "input", "dim")["dim"]
-    elif op_name(node) == "getitem" and isinstance(node.args[1], int) and _is_shape(node.args[0]):
-        source, axis = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
+        source, axis = first_argument(node), arguments(node, "input", "dim")["dim"]
+    elif (
+        op_name(node) == "getitem"
+        and isinstance(node.args[1], int)
+        and _is_shape(first_argument(node))
+    ):
+        source, axis = first_argument(node).args[0], node.args[1]  # type: ignore[union-attr]
     else:
         return None
     label = cut.label(source)
     if label is not None and cut.is_cut(label, axis % len(label.shape)):
-        return value_of(node)  # guard: sizes are pinned -> tests/test_groups.py -k number
+        if not merged(label, axis % len(label.shape)):
+            return value_of(node)  # guard: sizes are pinned -> tests/test_groups.py -k number
+        kept = int(cut.kept(label, axis % len(label.shape)).sum())
+        new = cut.graph.node_copy(node, cut.env.__getitem__)
+        return cut.call(operator.floordiv, cut.call(operator.mul, new, value_of(node)), kept)
     return None
 
 
@@ -255,7 +267,7 @@ def _map_slices(cut: Cut, index: Any) -> Any:
 def _view(cut: Cut, node: Node) -> Any:
     """view / reshape / expand: entries of cut axes follow the cut, the others stay as written."""
     label = cut.label(node)
-    source = node.args[0]
+    source = first_argument(node)
     sizes = varargs(node)
     if label is None or not (
         cut.is_cut(label) or cut.is_cut(cut.label(source)) or _needs_pin(cut, sizes)
@@ -265,11 +277,7 @@ def _view(cut: Cut, node: Node) -> Any:
         entries: list[Any] = [_entry_of(cut, sizes, d, label) for d in range(len(label.shape))]
     else:
         entries = [cut.new(s) for s in sizes]
-    new = cut.sizes(label)
-    for d, (size, old) in enumerate(zip(new, label.shape, strict=True)):
-        if size == old or (isinstance(entries[d], int) and entries[d] == -1):
-            continue
-        entries[d] = size if isinstance(entries[d], int) else _scaled(cut, entries[d], size, old)
+    entries = _follow(cut, entries, label)
     if node.op == "call_function":
         return cut.call(node.target, cut.new(source), tuple(entries))  # type: ignore[arg-type]
     return cut.graph.call_method(str(_reshaping(node)), (cut.new(source), *entries))
@@ -300,34 +308,48 @@ def _scaled(cut: Cut, entry: Any, size: int, old: int) -> Any:
 
 
 def _unflatten(cut: Cut, node: Node) -> Any:
-    label, source = cut.label(node), cut.label(node.args[0])
+    label, source = cut.label(node), cut.label(first_argument(node))
     if label is None or source is None or not cut.is_cut(label):
         return None
     args = arguments(node, "input", "dim", "sizes")
     start = int(args["dim"]) % len(source.shape)
     sizes = args["sizes"]
-    new = [
-        s if s == -1 else n
-        for s, n in zip(sizes, cut.sizes(label)[start : start + len(sizes)], strict=True)
+    new = _follow(cut, [cut.new(s) for s in sizes], label, start)
+    return cut.graph.call_method(
+        "unflatten", (cut.new(first_argument(node)), args["dim"], tuple(new))
+    )
+
+
+def _follow(cut: Cut, entries: list[Any], label: Label, start: int = 0) -> list[Any]:
+    """Sizes written for the axes from `start` on, with those of cut axes following the cut."""
+    old = label.shape[start : start + len(entries)]
+    new = cut.sizes(label)[start : start + len(entries)]
+    return [
+        e
+        if n == o or (isinstance(e, int) and e == -1)
+        else n
+        if isinstance(e, int)
+        else _scaled(cut, e, n, o)
+        for e, n, o in zip(entries, new, old, strict=True)
     ]
-    return cut.graph.call_method("unflatten", (cut.new(node.args[0]), start, tuple(new)))
 
 
 def _split(cut: Cut, node: Node) -> Any:
     """chunk / split / tensor_split: pieces keep what is left of them."""
-    source = cut.label(node.args[0])
+    source = cut.label(first_argument(node))
     if source is None:
         return None
-    axis = constant(arguments(node, "input", "sections", "dim").get("dim", 0)) % len(source.shape)
+    dim = constant(arguments(node, "input", "sections", "dim").get("dim", 0))
+    axis = dim % len(source.shape)
     if not cut.is_cut(source, axis):
         return None
     parts = [v for v in pytree.tree_leaves(cut.analysis.flow.labels[node]) if isinstance(v, Label)]
     sizes = [cut.sizes(part)[axis] for part in parts]
-    return cut.call(torch.split, cut.new(node.args[0]), sizes, axis)
+    return cut.call(torch.split, cut.new(first_argument(node)), sizes, dim)
 
 
 def _narrow(cut: Cut, node: Node) -> Any:
-    source = cut.label(node.args[0])
+    source = cut.label(first_argument(node))
     args = arguments(node, "input", "dim", "start", "length")
     if source is None:
         return None
@@ -339,7 +361,11 @@ def _narrow(cut: Cut, node: Node) -> Any:
     start += len(kept) if start < 0 else 0
     first = int(kept[:start].sum())
     return cut.call(
-        torch.narrow, cut.new(node.args[0]), axis, first, int(kept[start : start + length].sum())
+        torch.narrow,
+        cut.new(first_argument(node)),
+        constant(args["dim"]),
+        first,
+        int(kept[start : start + length].sum()),
     )
 
 
@@ -347,7 +373,7 @@ def _pad(cut: Cut, node: Node) -> Any:
     """Channels padded onto channels: as many as are kept of them."""
     args = arguments(node, "input", "pad", "mode", "value")
     label, source = cut.label(node), cut.label(args["input"])
-    if label is None or source is None or not cut.is_cut(label):
+    if label is None or source is None or not (cut.is_cut(label) or cut.is_cut(source)):
         return None
     written = list(args["pad"])
     amounts = pad_amounts(constant(written), len(label.shape))
@@ -372,14 +398,14 @@ def _pad(cut: Cut, node: Node) -> Any:
 
 def _squeeze(cut: Cut, node: Node) -> Any:
     """A channel axis that was longer than 1 is not squeezed away when one channel is left."""
-    label = cut.label(node.args[0])
+    label = cut.label(first_argument(node))
     if label is None or not cut.is_cut(label):
         return None
     given = arguments(node, "input", "dim")["dim"]
     rank = len(label.shape)
     dims = range(rank) if given is None else [given] if isinstance(given, int) else given
     safe = tuple(d % rank for d in dims if not cut.is_cut(label, d % rank))
-    return cut.call(torch.squeeze, cut.new(node.args[0]), safe)
+    return cut.call(torch.squeeze, cut.new(first_argument(node)), safe)
 
 
 def _functional_conv(cut: Cut, node: Node) -> Any:
@@ -392,7 +418,7 @@ def _functional_conv(cut: Cut, node: Node) -> Any:
     order += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
     args = arguments(node, *order)
     name = cut.analysis.traced.tensors.name(cut.analysis.traced.attribute(weight))
-    groups = args.get("groups", 1)
+    groups = constant(args.get("groups", 1))
     left = _groups_left(cut, name or "", groups)
     if left == groups:
         return None
@@ -409,6 +435,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "view": _view,
     "reshape": _view,
     "expand": _view,
+    "broadcast_to": _view,
     "unflatten": _unflatten,
     "chunk": _split,
     "split": _split,

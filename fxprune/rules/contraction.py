@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.flow import Flow, Value, opaque, rule
-from fxprune.graph import arguments, op_name, value_of
+from fxprune.graph import arguments, constant, op_name, value_of
 from fxprune.labels import Label, Ledger, MacTerm
 
 
@@ -165,7 +165,7 @@ def functional_contraction(flow: Flow, node: Node) -> Value:
         names[0] or "",
         tuple(value_of(weight).shape),
         names[1],
-        int(args.get("groups", 1)),
+        int(constant(args.get("groups", 1))),
         transposed,
     )
     last = 0 if name == "linear" else int(name[-2])

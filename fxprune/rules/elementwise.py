@@ -53,7 +53,7 @@ def elementwise(flow: Flow, node: Node) -> Value:
 
 def tensor_args(node: Node) -> list[Node]:
     """The nodes whose channels meet in an elementwise operation."""
-    if op_name(node) in ("type_as", "copy"):
+    if op_name(node) in ("type_as", "to"):
         return list(node.all_input_nodes[:1])
     return [n for n in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, Node)]
 

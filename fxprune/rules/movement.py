@@ -61,10 +61,24 @@ def move_like(flow: Flow, node: Node) -> Value:
 def pieces(flow: Flow, node: Node) -> Value:
     """Parts of an axis: sizes are rewritten when it is cut, and no part may vanish."""
     x = flow.first(node)
-    if op_name(node) == "tensor_split" and not isinstance(constant(node.args[1]), int):
-        axis = arguments(node, "input", "sections", "dim").get("dim", 0) % len(x.shape)
+    name = op_name(node)
+    order = ("dim", "start", "length") if name == "narrow" else ("parts", "dim")
+    args = arguments(node, "input", *order)
+    axis = constant(args.get("dim", 0)) % len(x.shape)
+    parts = args["parts"] or args["sections"] or args["indices_or_sections"]
+    if name == "tensor_split" and not isinstance(constant(parts), int):
         flow.ledger.complete(x, [axis], node, "`tensor_split` at given indices")
+    elif merged(x, axis):
+        flow.ledger.complete(x, [axis], node, "a part of an axis that holds positions too")
     return _all_stay(flow, move(flow, node))
+
+
+def merged(x: Label, axis: int) -> bool:
+    """Whether an axis holds positions (or a batch) beside channels: its length is then not fixed."""
+    if x.ids.shape[axis] == 1:
+        return False
+    rows = x.ids.movedim(axis, 0).reshape(x.ids.shape[axis], -1)
+    return (axis == 0 and len(x.shape) > 2) or len(torch.unique(rows, dim=0)) < len(rows)
 
 
 def _all_stay(flow: Flow, value: Value) -> Value:
@@ -102,7 +116,7 @@ def getitem(flow: Flow, node: Node) -> Value:
     broken = [
         d
         for d, step in steps.items()
-        if isinstance(step, int) or (isinstance(step, slice) and step.step not in (None, 1))
+        if isinstance(step, int) or step.step not in (None, 1) or (_shortens(step) and merged(x, d))
     ]
     if flow.ledger.complete(x, broken, node, "single channels are picked by index").uncut:
         return uncut_like(value_of(node))
@@ -170,7 +184,7 @@ def pad(flow: Flow, node: Node) -> Value:
             flow.ledger.freeze(x.ids, node, "its one channel is padded")
             return uncut(out.shape)
         return Label(tuple(out.shape), x.ids)
-    if len(x.varying) > 1 or args.get("mode", "constant") != "constant":
+    if len(x.varying) > 1 or merged(x, onto[0]) or args.get("mode", "constant") != "constant":
         x = flow.ledger.complete(x, onto, node, "channels are padded by copies of channels")
         return Label(tuple(out.shape), x.ids)
     (axis,) = onto

@@ -63,9 +63,13 @@ def reduction(flow: Flow, node: Node) -> Value:
     if x is None:
         return uncut_like(value_of(node))
     skip = ("input", "p") if name == "norm" else ("input",)
-    given = arguments(node, *skip, "dim", "keepdim")
+    order: tuple[str, ...] = ("dim", "keepdim")
+    if name in ("var", "std", "var_mean", "std_mean"):
+        bare = len(node.args) > 1 and isinstance(node.args[1], bool)
+        order = ("unbiased",) if bare else ("dim", "unbiased", "keepdim")
+    given = arguments(node, *skip, *order)
     dims = constant(given["dim"] if given["dim"] is not None else given["axis"])
-    dims = list(range(len(x.shape))) if dims is None else [dims] if isinstance(dims, int) else dims
+    dims = [dims] if isinstance(dims, int) else list(dims or range(len(x.shape)))
     dims = [d % max(len(x.shape), 1) for d in dims]
     x = flow.ledger.complete(x, dims, node, f"`{name}` runs over the channels")
     keepdim = bool(given.get("keepdim", False))

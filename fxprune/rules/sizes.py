@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from torch.fx import Node
 
-from fxprune.flow import Flow, Value, rule, uncut_like
+from fxprune.flow import Flow, Value, opaque, rule, uncut_like
 from fxprune.graph import constant, op_name, value_of
 from fxprune.labels import Label
 from fxprune.rules.movement import move
@@ -21,9 +24,17 @@ def size(flow: Flow, node: Node) -> Value:
     """Sizes are read one by one (and pinned), or given whole to a view; else the channels freeze."""
     x = flow.of(node.args[0])
     if op_name(node) == "getattr":
-        field_ = node.args[1]
+        source: Any = node.args[0]
+        field_ = str(node.args[1])
         if field_ in ("T", "mT", "H", "mH"):
             return move(flow, node)
+        value = flow.labels.get(source)
+        if isinstance(value, tuple) and hasattr(value, field_):  # .values of a named tuple
+            return getattr(value, field_)
+        if field_ == "data":
+            return x
+        if isinstance(value_of(node), Tensor):
+            return opaque(flow, node, f"fxprune has no rule for `.{field_}`")
         if field_ != "shape":
             return uncut_like(value_of(node))
     if x is None or isinstance(value_of(node), int):
