@@ -214,9 +214,10 @@ def _size(cut: Cut, node: Node) -> Any:
     else:
         return None
     label = cut.label(source)
-    if label is not None and cut.is_cut(label, axis % len(label.shape)):
+    pinned = label is not None and cut.is_cut(label, axis % len(label.shape))
+    if label is not None and pinned:  # guard: sizes are pinned -> tests/test_groups.py -k number
         if not merged(label, axis % len(label.shape)):
-            return value_of(node)  # guard: sizes are pinned -> tests/test_groups.py -k number
+            return value_of(node)
         kept = int(cut.kept(label, axis % len(label.shape)).sum())
         new = cut.graph.node_copy(node, cut.env.__getitem__)
         return cut.call(operator.floordiv, cut.call(operator.mul, new, value_of(node)), kept)
