@@ -25,7 +25,6 @@ from fxprune.pruned import PrunedModule
 from fxprune.recalibrate import recalibrate
 from fxprune.scope import Ignore, left_whole
 from fxprune.selection import check_align, select
-from fxprune.trace import trace
 
 Inputs = Tensor | tuple[Any, ...] | None
 
@@ -285,8 +284,3 @@ def load(path: str | Path, model: nn.Module, example_inputs: Inputs = None) -> P
     pruned.plan = plan
     pruned.report.metrics = dict(plan.metrics)
     return pipeline.sealed(pruned)
-
-
-def trace_only(model: nn.Module, example_inputs: tuple[Any, ...]) -> Any:
-    """The traced graph; for the curious and for tests."""
-    return trace(model, example_inputs)

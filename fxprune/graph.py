@@ -5,16 +5,15 @@ Nothing here knows about pruning.
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KNOWN_HOMES = {"torch", "_operator", "math", "builtins", "torchvision"}
@@ -122,11 +121,6 @@ def place(node: Node) -> str:
     return str(node.meta.get("where", ""))
 
 
-def calls(graph: Graph) -> Iterator[Node]:
-    """Nodes that call a module, in order."""
-    return (n for n in graph.nodes if n.op == "call_module")
-
-
 @dataclass
 class Tensors:
     """Parameters and buffers of a model, keyed by storage: one canonical name per tensor.
@@ -200,8 +194,3 @@ def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def get_path(root: nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     return operator.attrgetter(path)(root) if path else root
-
-
-def signature(forward: Any) -> inspect.Signature:
-    """The signature of a bound `forward`."""
-    return inspect.signature(forward)

@@ -49,7 +49,7 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     for name, t in state.items():
         if isinstance(t, Tensor) and id(t) not in seen:
             seen.add(id(t))
-            unique[name] = t.detach()
+            unique[name] = t
     return unique
 
 
@@ -111,7 +111,7 @@ def fill(pruned: PrunedModule, tensors: Mapping[str, Tensor], path: str | Path) 
                 why=f"the plan makes it {shapes[0] or 'no part of the network'}",
                 fix="load it with the architecture that it was saved from",
             )
-    new = {id(expected_t): tensors[name] for name, expected_t in _held(pruned).items()}
+    new = {id(old): tensors[name] for name, old in expected.items()}
     made: dict[int, Tensor] = {}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     for module in pruned.modules():
@@ -135,17 +135,6 @@ def _unsaved(name: str, buffer: Tensor, dtype: torch.dtype | None) -> Tensor:
             fix="load with a model on a real device",
         )
     return buffer.to(dtype) if dtype is not None and buffer.is_floating_point() else buffer
-
-
-def _held(pruned: PrunedModule) -> dict[str, Tensor]:
-    state = pruned.state_dict(keep_vars=True)
-    seen: set[int] = set()
-    held: dict[str, Tensor] = {}
-    for name, t in state.items():
-        if isinstance(t, Tensor) and id(t) not in seen:
-            seen.add(id(t))
-            held[name] = t
-    return held
 
 
 def _placed(t: Tensor, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import linecache
 import os
 import sys
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 
 from fxprune.errors import TraceError
-from fxprune.graph import signature
 
 TORCH_HOME = str(Path(torch.__file__).parent) + os.sep
 FXPRUNE_HOME = str(Path(__file__).parent) + os.sep
@@ -147,7 +147,7 @@ def _refuse_reshaping_in_place(graph: Graph) -> None:
 
 def _defaults(model: nn.Module, given: int) -> dict[str, Any] | None:
     """Arguments of forward beyond the example inputs keep their defaults, made concrete."""
-    params = list(signature(model.forward).parameters.values())
+    params = list(inspect.signature(model.forward).parameters.values())
     extra = [
         p
         for p in params[given:]
