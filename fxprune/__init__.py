@@ -26,6 +26,7 @@ from fxprune.passes import methods
 from fxprune.plan import Plan
 from fxprune.pruned import PrunedModule
 from fxprune.recalibrate import recalibrate
+from fxprune.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "Analysis",
@@ -39,6 +40,7 @@ __all__ = [
     "PlanError",
     "PrunedModule",
     "Recipe",
+    "Sensitivity",
     "TraceError",
     "UnsupportedOpError",
     "VerifyError",
@@ -53,4 +55,5 @@ __all__ = [
     "recalibrate",
     "register_rule",
     "save",
+    "sensitivity",
 ]

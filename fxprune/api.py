@@ -13,20 +13,23 @@ from torch import Tensor, nn
 from fxprune import fit as training
 from fxprune import pipeline, storage
 from fxprune.budget import Budget
-from fxprune.config import Method, check_share, resolve
+from fxprune.config import Method, Preset, check_share, resolve
 from fxprune.cost import Cost
 from fxprune.errors import OptionError, OptionTypeError, PlanError, UnsupportedOpError
+from fxprune.evaluation import Evaluate, check_evaluate, score
+from fxprune.fit import Recipe
 from fxprune.groups import Analysis, analyze_model, state_of, tensors_fingerprint
 from fxprune.inputs import find_inputs, guessed, unwrap
 from fxprune.mask import mask as mask
 from fxprune.plan import Plan
 from fxprune.planning import mask_of, write_plan
-from fxprune.pruned import PrunedModule
+from fxprune.pruned import PrunedModule, plan_now
 from fxprune.recalibrate import recalibrate
 from fxprune.scope import Ignore, left_whole
-from fxprune.selection import check_align, select
+from fxprune.selection import check_align, first_step, select
 
 Inputs = Tensor | tuple[Any, ...] | None
+Fit = Callable[[PrunedModule], object]  # trains in place
 
 
 def analyze(model: nn.Module, example_inputs: Inputs = None) -> Analysis:
@@ -55,8 +58,8 @@ def compile(
     ignore: Ignore = (),
     align: int = 1,
     data: Iterable[Any] | None = None,
-    fit: object | None = None,
-    evaluate: Callable[[nn.Module], float] | Iterable[Any] | None = None,
+    fit: Recipe | Fit | None = None,
+    evaluate: Evaluate | None = None,
     repair: str | None = None,
     fold: bool = False,
     seed: int = 0,
@@ -74,9 +77,12 @@ def compile(
     ignore: fnmatch patterns of module or parameter names, or `filter_fn(module, name) -> bool`
         (True: may be pruned); freezes output channels.
     align: kept counts are multiples of it (or whole widths).
-    data: batches (input, target) for `repair` and example inputs. evaluate: `(model) -> float`, or a
-        loader for top-1 accuracy; the score before and after stands in the report.
-    fit: for methods that train. repair: "bn" recalibrates batch norms on `data`.
+    data: batches (input, target) for `repair`, `fit`, example inputs and methods that look at data.
+    evaluate: `(model) -> float`, or a loader for top-1 accuracy; the score before, after the cut,
+        after the repair and after training stands in the report.
+    fit: trains the pruned network after a one-shot cut (after each, when the method has `steps`): a
+        `Recipe` for the built-in trainer on `data`, or a callable `(pruned) -> None`.
+    repair: "bn" recalibrates batch norms on `data` after the cut.
     fold: fold batch norms into convolutions at the end (inference form).
     seed: for methods that draw. progress: name the step at work on a terminal.
     verify: compare with the masked original on the example input (float64, 1e-9); a mismatch raises.
@@ -84,40 +90,75 @@ def compile(
     Raises OptionError, TraceError, PlanError, VerifyError, all `FxPruneError`s.
     """
     chosen, limit = _check_options(method, budget, align, scope, ignore, seed, fit, repair, data)
-    if isinstance(evaluate, str) or not (
-        evaluate is None or callable(evaluate) or isinstance(evaluate, Iterable)
-    ):
-        raise OptionTypeError(
-            f"evaluate is {evaluate!r}",
-            where="evaluate",
-            why="it must be a callable (model) -> float, or a loader of (input, target) batches",
-        )
+    if evaluate is not None:
+        check_evaluate(evaluate)
     model, notes = unwrap(model)
     steps = pipeline.Progress(progress)
     if guessed(model, example_inputs, data):
         notes.append("no example input was given: sizes and MACs are those of a guessed one")
     inputs, data = find_inputs(model, example_inputs, data)
-    with steps.step("analyse"):
-        analysis = _analyze(model, inputs)
-    with steps.step("select"):
-        plan, keep = select(
-            analysis, chosen, limit, scope=scope, ignore=ignore, align=align, seed=seed
-        )
-    pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
-    pruned.report.frozen += left_whole(analysis, plan, scope=scope, ignore=ignore, align=align)
-    if fold:
-        pruned = pipeline.fold(pruned, steps, check=verify)
-    pruned = pipeline.sealed(pruned)
-    if evaluate is not None:
-        pruned.report.stages["before"] = _score(model, evaluate)
-        pruned.report.stages["after the cut"] = _score(pruned, evaluate)
-    if repair == "bn":
-        assert data is not None
-        with steps.step("repair"):
-            pruned = recalibrate(pruned, data)
+    scores: dict[str, float] = {}
+
+    def scored(stage: str, network: nn.Module) -> None:
         if evaluate is not None:
-            pruned.report.stages["recalibrated"] = _score(pruned, evaluate)
+            with steps.step("evaluate"):
+                scores[stage] = score(network, evaluate)
+
+    scored("before", model)
+    network, first = model, None
+    for number in range(1, chosen.steps + 1):
+        which = f", step {number} of {chosen.steps}" if chosen.steps > 1 else ""
+        with steps.step("analyse"):
+            analysis = _analyze(network, inputs)
+        first = first or first_step(analysis)
+        with steps.step("select"):
+            plan, keep = select(
+                analysis,
+                chosen,
+                limit,
+                scope=scope,
+                ignore=ignore,
+                align=align,
+                seed=seed,
+                data=data,
+                step=replace(first, number=number, of=chosen.steps),
+            )
+        pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
+        whole = left_whole(analysis, plan, scope=scope, ignore=ignore, align=align)
+        pruned.report.frozen += whole
+        pruned = pipeline.sealed(pruned)
+        scored("after the cut" + which, pruned)
+        if repair == "bn":
+            assert data is not None
+            with steps.step("repair"):
+                pruned = recalibrate(pruned, data)
+            scored("recalibrated" + which, pruned)
+        if fit is not None:
+            with steps.step("fit"):
+                _fit(pruned, fit, data, progress)
+            pruned.plan = plan_now(pruned)
+            scored("fine-tuned" + which, pruned)
+        network = pruned
+    if fold:
+        pruned = pipeline.sealed(pipeline.fold(pruned, steps, check=verify))
+    pruned.report.stages = scores
     return pruned
+
+
+def _fit(
+    pruned: PrunedModule, fit: Recipe | Fit, data: Iterable[Any] | None, progress: bool
+) -> None:
+    """Train in place; every module's mode is as before."""
+    modes = [(m, m.training) for m in pruned.modules()]
+    try:
+        if isinstance(fit, Recipe):
+            assert data is not None
+            training.train(pruned, data, fit, progress=progress)
+        else:
+            fit(pruned)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _check_options(
@@ -135,9 +176,10 @@ def _check_options(
     chosen = resolve(method)
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget(macs=check_share("budget", budget, least_ok=False, most_ok=True))
-    if budget is not None and chosen.ratio is not None:
+    if budget is not None and chosen.shares is not None:
+        given = "preset" if isinstance(chosen.shares, Preset) else "ratio"
         raise OptionError(
-            f"both a budget and a ratio ({chosen.ratio}) were given",
+            f"both a budget and a {given} ({chosen.record[given]}) were given",
             where="budget, method",
             why="each of them decides alone how much goes",
             fix="drop one: budget=0.5, or method=fxprune.methods.L1(ratio=0.5)",
@@ -157,13 +199,22 @@ def _check_options(
         )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise OptionTypeError(f"seed is {seed!r}", where="seed", why="it must be a whole number")
-    if fit is not None:
-        raise OptionError(
-            f"fit was given, but {chosen.name!r} is a one-shot method",
+    if fit is not None and not isinstance(fit, Recipe) and not callable(fit):
+        raise OptionTypeError(
+            f"fit is {fit!r}",
             where="fit",
-            why="it decides without training",
-            fix="drop fit, and fine-tune the result: it is an ordinary module",
+            why="it must be a fxprune.Recipe, or a callable (pruned) -> None that trains in place",
         )
+    for needs, what in (
+        (isinstance(fit, Recipe), "fit=Recipe(...)"),
+        (chosen.looks_at_data, f"method {chosen.name!r}, which looks at feature maps,"),
+    ):
+        if needs and data is None:
+            raise OptionError(
+                f"{what} needs data",
+                where="data",
+                fix="pass data=loader with (input, target) batches",
+            )
     if repair not in (None, "bn"):
         raise OptionError(f"repair is {repair!r}", where="repair", why='it must be None or "bn"')
     if repair == "bn" and data is None:
@@ -173,16 +224,6 @@ def _check_options(
             fix="pass data=loader with (input, target) batches",
         )
     return chosen, budget
-
-
-def _score(model: nn.Module, evaluate: Callable[[nn.Module], float] | Iterable[Any]) -> float:
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        score = evaluate(model) if callable(evaluate) else training.accuracy(model, evaluate)
-        return float(score)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def apply(model: nn.Module, plan: Plan, example_inputs: Inputs = None) -> PrunedModule:
@@ -208,7 +249,7 @@ def _apply(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], notes: list[st
             why=f"fxprune {plan.fxprune_version} made it; this version only slices and folds",
             fix="use the version that made the plan",
         )
-    _check_tensors(model, plan)  # guard: fingerprint -> tests/test_bad_input.py -k architecture
+    _check_tensors(model, plan)  # guard: fingerprint -> tests/bad_input/test_plans.py -k another
     steps = pipeline.Progress(False)
     with steps.step("analyse"):
         analysis = _analyze(model, inputs)

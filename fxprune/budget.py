@@ -84,9 +84,13 @@ def keep_mask(analysis: Analysis, ranked: list[Ranked], counts: list[int]) -> Ar
     return keep
 
 
-def by_ratio(ranked: list[Ranked], ratio: float) -> list[int]:
-    """PFEC's count: int(C * (1 - ratio)), at least one."""
-    return [r.count(max((1 - ratio) * len(r.order), 1) / len(r.order)) for r in ranked]
+def by_ratio(ranked: list[Ranked], ratios: list[float], widths: list[int]) -> list[int]:
+    """PFEC's count, int(C * (1 - ratio)) of each group's `widths` channels, at least one.
+
+    widths: the C that ratios are meant of; above a group's own count where it was cut before.
+    """
+    wanted = [max((1 - ratio) * width, 1) for ratio, width in zip(ratios, widths, strict=True)]
+    return [r.count(min(k / len(r.order), 1.0)) for r, k in zip(ranked, wanted, strict=True)]
 
 
 def by_budget(

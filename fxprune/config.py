@@ -1,20 +1,49 @@
-"""Method configs: the registry, lookup by name, and the checks that all of them share."""
+"""Method configs: the registry, lookup by name, and the checks that all of them share.
+
+A method is a frozen config and a function `(group, weights, config, evidence) -> scores [C]`. It sees
+a group's producers as tensors, and asks `evidence` for whatever else it looks at.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from fxprune.errors import OptionError, OptionTypeError
 
-Scores = Callable[[Any, Sequence[Tensor]], Tensor]  # (group, weights) -> scores [C]
+Scores = Callable[..., Tensor]  # (group, weights, evidence) -> scores [C]
+Ratio = float | Mapping[str, float]  # the share that goes, or shares by pattern of names
 F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+class Evidence(Protocol):
+    """What a method may ask about a group beside its weights."""
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator for draws about the group of that name; the same call seed, the same draws."""
+
+    def maps(self, group: Any, samples: int) -> list[Mapping[str, Tensor]]:
+        """Statistics of each producer's feature maps over `samples` images: name -> [C] float64."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published network: what goes of its layers.
+
+    network: what it is made for. convolutions: 4-D weights in that network, by which another one
+    that has layers of these names is told apart. ratios: the share that goes, by exact module name.
+    """
+
+    network: str
+    convolutions: int
+    ratios: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,11 +70,19 @@ def register(name: str, config: type) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class Method:
-    """What a call asked for: scores, the config's ratio, and how the plan records it."""
+    """What a call asked for, and how the plan records it.
+
+    shares: what the config itself says goes; None leaves it to the budget. greedy: scores leave out
+    inputs that earlier groups lost. steps: in how many cuts. looks_at_data: whether scores need it.
+    """
 
     record: dict[str, Any]
     scores: Scores
-    ratio: float | None
+    shares: Ratio | Preset | None = None
+    greedy: bool = False
+    steps: int = 1
+    looks_at_data: bool = False
+    custom: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -80,14 +117,36 @@ def resolve(method: object) -> Method:
             fix="known names: " + ", ".join(sorted(REGISTRY)),
         )
     name = getattr(method, "__qualname__", type(method).__qualname__)
-    return Method({"name": "custom", "callable": name}, method, None)
+    scores = method
+    return Method(
+        {"name": "custom", "callable": name},
+        lambda group, weights, evidence=None: scores(group, weights),
+        custom=True,
+    )
 
 
 def _of_config(known: Registered, config: Any) -> Method:
-    record = {"name": known.name, **dataclasses.asdict(config)}
+    def scores(group: Any, weights: Sequence[Tensor], evidence: Evidence | None = None) -> Tensor:
+        return known.function(group, weights, config, evidence)
+
     return Method(
-        record, lambda group, weights: known.function(group, weights, config), config.ratio
+        {"name": known.name, **_recorded(config)},
+        scores,
+        shares=getattr(config, "shares", config.ratio),
+        greedy=getattr(config, "scoring", "independent") == "greedy",
+        steps=getattr(config, "steps", 1),
+        looks_at_data=getattr(config, "looks_at_data", False),
     )
+
+
+def _recorded(config: Any) -> dict[str, Any]:
+    """The options as plain data: how much and which always, the others where they were chosen."""
+    default = {f.name: f.default for f in dataclasses.fields(config)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name in ("ratio", "order") or value != default[name]
+    }
 
 
 def check_share(
@@ -117,3 +176,50 @@ def check_share(
             + (f": {value / 100:g}" if 1 < value <= 100 else ", such as 0.5"),
         )
     return float(value)
+
+
+def check_ratio(ratio: object) -> Ratio:
+    """A share that goes, 0 <= ratio < 1, or a non-empty {pattern: share}."""
+    if not isinstance(ratio, Mapping):
+        return check_share("ratio", ratio, least_ok=True, most_ok=False)
+    if not ratio:
+        raise OptionError(
+            "ratio is empty",
+            where="ratio",
+            why="it names no layer",
+            fix='ratio={"layer1.*": 0.1, "layer2.*": 0.3}',
+        )
+    for pattern in ratio:
+        if not isinstance(pattern, str):
+            raise OptionTypeError(
+                f"ratio has the key {pattern!r}",
+                where="ratio",
+                why="its keys are patterns of names of modules",
+            )
+    return {
+        pattern: check_share(f"ratio[{pattern!r}]", share, least_ok=True, most_ok=False)
+        for pattern, share in ratio.items()
+    }
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of some words; OptionError with the nearest of them otherwise."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    listed = ", ".join(f'"{c}"' for c in choices[:-1]) + f' or "{choices[-1]}"'
+    raise OptionError(
+        f"{name} is {value!r}",
+        where=name,
+        why=f"it must be {listed}",
+        fix=f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def check_whole(name: str, value: object, *, least: int) -> int:
+    """A whole number of at least `least`; OptionError or OptionTypeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionTypeError(f"{name} is {value!r}", where=name, why="it must be a whole number")
+    if value < least:
+        raise OptionError(f"{name} is {value}", where=name, why=f"it must be at least {least}")
+    return value

@@ -74,6 +74,25 @@ class TimingRow:
     p80_ms: float
 
 
+@dataclass(frozen=True)
+class Point:
+    """One score of a sensitivity scan: a share of a group's channels gone, and how many stayed."""
+
+    ratio: float
+    kept: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The scores of a network with one group cut alone, by one method (a short label of it)."""
+
+    name: str
+    channels: int
+    method: str
+    points: tuple[Point, ...]
+
+
 @dataclass(kw_only=True, repr=False)
 class Report:
     """What one compilation did. `print(report)` shows it; `to_json` and `to_html` keep it.

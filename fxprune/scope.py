@@ -27,7 +27,7 @@ def choose_groups(analysis: Analysis, scope: str | Sequence[str], ignore: Ignore
         names = {g.name: {g.name, *g.members, *(m.rpartition(".")[0] for m in g.members)} for g in groups}  # fmt: skip
         for pattern in patterns:
             if not any(fnmatch.filter(n, pattern) for n in names.values()):
-                raise _no_match("scope", pattern, sorted(names))
+                raise no_match("scope", pattern, sorted(names))
         groups = [g for g in groups if any(fnmatch.filter(names[g.name], p) for p in patterns)]
     if not groups:
         raise _nothing(analysis, scope, ignore)
@@ -58,7 +58,8 @@ def left_whole(
     return [Note(", ".join(owners), why) for why, owners in names.items()]
 
 
-def _no_match(where: str, pattern: str, names: Sequence[str]) -> PlanError:
+def no_match(where: str, pattern: str, names: Sequence[str]) -> PlanError:
+    """The error for a pattern that matches none of the names."""
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     words = ["all", "free"] if where == "scope" else []
     near = difflib.get_close_matches(pattern, [*words, *names], n=1)
@@ -118,6 +119,6 @@ def _ignored_names(analysis: Analysis, ignore: Ignore) -> set[str]:
         hit = set(fnmatch.filter(names, pattern))
         hit |= {n for n in names for m in hit_modules if n.startswith(m + ".")}
         if not hit and not hit_modules:
-            raise _no_match("ignore", pattern, modules)
+            raise no_match("ignore", pattern, modules)
         ignored |= hit
     return ignored

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.budget import Budget, Ranked, allowed_counts, by_budget, by_ratio, keep_mask
-from fxprune.config import Method
+from fxprune.config import Method, Preset, Ratio
 from fxprune.cost import Cost, retained_tensors
 from fxprune.errors import OptionError, OptionTypeError, PlanError
+from fxprune.evidence import Evidence
 from fxprune.groups import Analysis, Array, Group
 from fxprune.labels import Slot
+from fxprune.mask import zero_inputs
 from fxprune.pause import collector_paused
-from fxprune.plan import Plan
+from fxprune.plan import Plan, Slice
 from fxprune.planning import write_plan
-from fxprune.scope import Ignore, choose_groups
+from fxprune.scope import Ignore, choose_groups, no_match
 
 
 def out_first(slot: Slot, t: Tensor) -> Tensor:
@@ -30,19 +35,37 @@ def out_first(slot: Slot, t: Tensor) -> Tensor:
     return t.view(g, t.shape[0] // g, *t.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def group_weights(analysis: Analysis, group: Group) -> list[Tensor]:
+def group_weights(analysis: Analysis, group: Group, keep: Array | None = None) -> list[Tensor]:
     """The producers' weights with one entry per class: float32 or float64, each [C, ...].
 
     A class that holds several rows of a producer gets [C, rows, ...]; missing rows are zeros.
+    keep: bool [classes]; weights that read a class which does not stay count as zeros.
     """
-    position = np.full(len(analysis.stays), -1)
-    position[group.classes] = np.arange(len(group))
-    return [_per_class(analysis, slot, position, len(group)) for slot in group.producers]
+    return [
+        per_class(analysis, slot, group, out_first(slot, _weight(analysis, slot, keep)))
+        for slot in group.producers
+    ]
 
 
-def _per_class(analysis: Analysis, slot: Slot, position: Array, count: int) -> Tensor:
+def _weight(analysis: Analysis, slot: Slot, keep: Array | None) -> Tensor:
+    """A producer's tensor in float32 or float64, its removed inputs zeroed."""
     t = analysis.traced.tensors.tensor[slot.tensor].detach()
-    rows = out_first(slot, t if t.dtype == torch.float64 else t.float())
+    t = t if t.dtype == torch.float64 else t.float()
+    if keep is None:
+        return t
+    for s in analysis.slots:
+        stays = keep[analysis.classes(s.ids)]
+        if s.tensor == slot.tensor and s.dim != slot.dim and not stays.all():
+            t = t.clone()
+            zero_inputs(t, Slice(s.tensor, s.dim, "in", s.size, tuple(np.flatnonzero(stays))))
+    return t
+
+
+def per_class(analysis: Analysis, slot: Slot, group: Group, rows: Tensor) -> Tensor:
+    """Rows of a producer [size, ...] -> one entry per class of a group, [C, ...]."""
+    count = len(group)
+    position = np.full(len(analysis.stays), -1)
+    position[group.classes] = np.arange(count)
     at = position[analysis.classes(slot.ids)]
     inside = np.flatnonzero(at >= 0)
     if len(inside) == count and (at[inside] == np.arange(count)).all():
@@ -56,15 +79,25 @@ def _per_class(analysis: Analysis, slot: Slot, position: Array, count: int) -> T
     return out.squeeze(1) if most == 1 else out
 
 
-def rank(analysis: Analysis, group: Group, method: Method) -> Array:
-    """A group's classes by score, the one that stays longest first; ties: lower index stays."""
-    weights = group_weights(analysis, group)
-    if method.name == "custom":
+def rank(
+    analysis: Analysis,
+    group: Group,
+    method: Method,
+    evidence: Evidence,
+    keep: Array | None = None,
+) -> Array:
+    """A group's classes by score, the one that stays longest first; ties: lower index stays.
+
+    keep: as in `group_weights`.
+    """
+    weights = group_weights(analysis, group, keep)
+    if method.custom:
         weights = [w.clone() for w in weights]  # not the user's own memory
     try:
-        scores = torch.as_tensor(method.scores(group, weights)).detach().flatten().double().cpu()
+        scores = method.scores(group, weights, evidence)
+        scores = torch.as_tensor(scores).detach().flatten().double().cpu()
     except Exception as error:
-        if method.name != "custom":
+        if not method.custom:
             raise
         raise PlanError(
             f"the scoring function failed on group `{group.name}`: {error}",
@@ -117,13 +150,30 @@ def check_finite(analysis: Analysis) -> None:
             )
         if t.is_floating_point() and not bool(torch.isfinite(t.detach().sum())):
             bad = int((~torch.isfinite(t.detach())).sum())
-            if bad:  # guard: not finite -> tests/test_bad_input.py -k nan
+            if bad:  # guard: not finite -> tests/bad_input/test_weights.py -k nan
                 raise PlanError(
                     f"`{name}` has {bad} values that are NaN or infinite",
                     where=f"{'parameter' if isinstance(t, nn.Parameter) else 'buffer'} {name}",
                     why="channels cannot be ranked by such weights",
                     fix="train or load the model again; a diverged checkpoint cannot be pruned",
                 )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of several cuts in a row, each of which takes the same part of what goes in all.
+
+    number: from 1 to `of`. widths, costs: channels of each group, and prices, before the first cut.
+    """
+
+    number: int = 1
+    of: int = 1
+    widths: Mapping[str, int] = field(default_factory=dict)
+    costs: Mapping[str, int] = field(default_factory=dict)
+
+    def part(self, gone: float) -> float:
+        """Of a share that goes in all, the share that has gone after this step."""
+        return gone * self.number / self.of
 
 
 @collector_paused
@@ -136,20 +186,38 @@ def select(
     ignore: Ignore = (),
     align: int = 1,
     seed: int = 0,
+    data: Iterable[Any] | None = None,
+    step: Step | None = None,
 ) -> tuple[Plan, Array]:
     """Rank every group, fit the budget or the ratio, and write the plan down."""
+    step = step or Step()
     groups = choose_groups(analysis, scope, ignore)
     check_finite(analysis)
-    ranked = protect(analysis, groups, [rank(analysis, g, method) for g in groups], align)
+    evidence = evidence_of(analysis, seed, data)
     cost = Cost.of(analysis)
-    if budget is None and method.ratio is not None:
-        counts = by_ratio(ranked, method.ratio)
-    else:
-        budget = budget or Budget(macs=0.5)
+    price: dict[str, Callable[[Array], int]] = {"macs": cost.macs, "params": cost.params}
+
+    ratios = None
+    if budget is None and method.shares is not None:
+        ratios = [step.part(ratio) for ratio in ratios_of(analysis, groups, method.shares)]
+        if not any(ratios) and not isinstance(method.shares, int | float):
+            raise _nothing_of(method.shares, scope, ignore)
+
+    def counts_of(ranked: list[Ranked]) -> list[int]:
+        if ratios is not None:
+            widths = [step.widths.get(g.name, len(g)) for g in groups]
+            return by_ratio(ranked, ratios, widths)
         whole = analysis.everything()
-        price: dict[str, Callable[[Array], int]] = {"macs": cost.macs, "params": cost.params}
-        limits = {n: int(share * price[n](whole)) for n, share in budget.to_dict().items()}
-        counts = by_budget(analysis, ranked, limits, price)
+        limits = {}
+        for name, share in (budget or Budget(macs=0.5)).to_dict().items():
+            total = step.costs.get(name, price[name](whole))
+            limits[name] = int((1 - step.part(1 - share)) * total + 1e-6)
+        return by_budget(analysis, ranked, limits, price)
+
+    ranked = protect(analysis, groups, [rank(analysis, g, method, evidence) for g in groups], align)
+    counts = counts_of(ranked)
+    if method.greedy:
+        ranked, counts = _greedy(analysis, groups, method, evidence, align, counts, counts_of)
     keep = keep_mask(analysis, ranked, counts)
     plan = write_plan(
         analysis,
@@ -161,6 +229,101 @@ def select(
         seed=seed,
     )
     return plan, keep
+
+
+def first_step(analysis: Analysis) -> Step:
+    """What later steps need to know of the network before the first cut."""
+    cost, whole = Cost.of(analysis), analysis.everything()
+    return Step(
+        widths={g.name: len(g) for g in analysis.groups},
+        costs={"macs": cost.macs(whole), "params": cost.params(whole)},
+    )
+
+
+def evidence_of(analysis: Analysis, seed: int, data: Iterable[Any] | None) -> Evidence:
+    """What methods may ask about the groups of an analysis."""
+
+    def rows(slot: Slot, group: Group, values: Tensor) -> Tensor:
+        return per_class(analysis, slot, group, values)
+
+    return Evidence(analysis, seed=seed, data=data, rows=rows)
+
+
+def _greedy(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    method: Method,
+    evidence: Evidence,
+    align: int,
+    counts: list[int],
+    counts_of: Callable[[list[Ranked]], list[int]],
+) -> tuple[list[Ranked], list[int]]:
+    """Rank the groups in order, each without the inputs that those before it lose.
+
+    How many go decides what is left to count, and may in turn depend on which go: the two are
+    repeated until the counts stay (they do at once where a ratio fixes them).
+    """
+    for _ in range(_GREEDY_ROUNDS):
+        keep = analysis.everything()
+        orders: list[Array] = []
+        for group, count in zip(groups, counts, strict=True):
+            order = rank(analysis, group, method, evidence, keep)
+            orders.append(order)
+            keep[order[count:]] = False
+        ranked = protect(analysis, groups, orders, align)
+        before, counts = counts, counts_of(ranked)
+        if counts == before:
+            break
+    return ranked, counts
+
+
+_GREEDY_ROUNDS = 4
+
+
+def ratios_of(analysis: Analysis, groups: Sequence[Group], shares: Ratio | Preset) -> list[float]:
+    """The share that goes of each group; PlanError for a pattern or a preset that does not fit."""
+    if not isinstance(shares, Preset | Mapping):
+        return [float(shares)] * len(groups)
+    names = {g.name: {g.name, *(m.rpartition(".")[0] or m for m in _made_by(g))} for g in analysis.groups}  # fmt: skip
+    if isinstance(shares, Preset):
+        _check_preset(analysis, shares, names)
+        return [shares.ratios.get(g.name, 0.0) for g in groups]
+    for pattern in shares:
+        if not any(fnmatch.filter(owned, pattern) for owned in names.values()):
+            raise no_match("ratio", pattern, sorted(names))
+    return [
+        next((r for p, r in shares.items() if fnmatch.filter(names[g.name], p)), 0.0)
+        for g in groups
+    ]
+
+
+def _made_by(group: Group) -> list[str]:
+    return [slot.tensor for slot in group.producers]
+
+
+def _check_preset(analysis: Analysis, preset: Preset, names: Mapping[str, object]) -> None:
+    found = sum(
+        isinstance(t, nn.Parameter) and t.dim() == 4
+        for t in retained_tensors(analysis.traced).values()
+    )
+    missing = [name for name in preset.ratios if name not in names]
+    if missing or found != preset.convolutions:
+        raise PlanError(
+            f"the preset does not fit this {type(analysis.traced.model).__name__}",
+            where="preset",
+            why=f"it is made for {preset.network} with {preset.convolutions} convolutions; this "
+            f"network has {found}" + (f", and no prunable group `{missing[0]}`" if missing else ""),
+            fix=f"use it with {preset.network}, or pass the shares by name: ratio={{'layer1.*': 0.1}}",
+        )
+
+
+def _nothing_of(shares: object, scope: object, ignore: object) -> PlanError:
+    return PlanError(
+        "nothing can be pruned",
+        where="ratio",
+        why=f"of the groups that scope={scope!r} and ignore={ignore!r} leave, none has a share above 0",
+        fix="print(fxprune.analyze(model)) lists the groups and their names",
+    )
 
 
 def check_align(align: object) -> int:

@@ -1,0 +1,33 @@
+"""How good a network is, by whatever measure the user passed: a function of it, or a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from fxprune import fit
+from fxprune.errors import OptionTypeError
+
+Evaluate = Callable[[nn.Module], float] | Iterable[Any]
+
+
+def score(model: nn.Module, evaluate: Evaluate) -> float:
+    """`evaluate(model)`, or the top-1 accuracy over a loader; every module's mode is as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        return float(evaluate(model) if callable(evaluate) else fit.accuracy(model, evaluate))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_evaluate(evaluate: object) -> None:
+    """OptionTypeError for what is neither a callable nor a loader."""
+    if isinstance(evaluate, str) or not (callable(evaluate) or isinstance(evaluate, Iterable)):
+        raise OptionTypeError(
+            f"evaluate is {evaluate!r}",
+            where="evaluate",
+            why="it must be a callable (model) -> float, or a loader of (input, target) batches",
+        )
