@@ -9,6 +9,7 @@ from fxprune.api import analyze, apply, compile, load, mask, save
 from fxprune.budget import Budget
 from fxprune.errors import (
     CheckpointError,
+    DataError,
     DistributedMismatchError,
     FxPruneError,
     OptionError,
@@ -32,6 +33,7 @@ __all__ = [
     "Analysis",
     "Budget",
     "CheckpointError",
+    "DataError",
     "DistributedMismatchError",
     "FxPruneError",
     "OptionError",

@@ -1,13 +1,37 @@
-"""The errors a user can meet. Each says what happened, where, why, and what to do."""
+"""The errors a user can meet. Each says what happened, where, why, and what to do.
+
+Their text goes to terminals and logs, and quotes names that came out of models and files: it holds
+no control characters, and no quoted name makes it endless.
+"""
 
 from __future__ import annotations
+
+MAX_FACT = 4000  # characters of one fact; the middle of a longer one is left out
+
+
+def readable(text: str, most: int = MAX_FACT) -> str:
+    """The text on one line that any terminal can print.
+
+    Line breaks and tabs become spaces; a colour code, half of a surrogate pair or a mark that turns
+    the direction of writing is written as Python would (`\\x1b`, ...). Of more than `most` characters
+    the middle is left out.
+    """
+    if not text.isprintable():
+        spaced = (" " if c in "\t\n\v\f\r" else c for c in text)
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in spaced)
+    if len(text) <= most:
+        return text
+    head = 2 * most // 3
+    left_out = f" [... {len(text) - most} more characters ...] "
+    return text[:head] + left_out + text[head - most :]
 
 
 class FxPruneError(Exception):
     """Base of every error that fxprune raises on purpose.
 
     `what` is one sentence; `where` names a node, tensor, file or argument (with the user's
-    file:line where known); `why` gives the reason; `fix` says what to do about it.
+    file:line where known); `why` gives the reason; `fix` says what to do about it. Each is one line
+    of printable characters, see `readable`.
     """
 
     def __init__(
@@ -18,11 +42,14 @@ class FxPruneError(Exception):
         why: str | None = None,
         fix: str | None = None,
     ) -> None:
-        self.what, self.where, self.why, self.fix = what, where, why, fix
-        lines = [what]
-        for label, text in (("where", where), ("why", why), ("fix", fix)):
-            if text:
-                lines.append(f"  {label + ':':<6} {text}")
+        self.what = readable(what)
+        self.where, self.why, self.fix = (
+            None if text is None else readable(text) for text in (where, why, fix)
+        )
+        lines = [self.what]
+        for label, fact in (("where", self.where), ("why", self.why), ("fix", self.fix)):
+            if fact:
+                lines.append(f"  {label + ':':<6} {fact}")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -62,6 +89,10 @@ class VerifyError(FxPruneError):
 
 class CheckpointError(FxPruneError):
     """A file cannot be written, or is damaged, or belongs to something else."""
+
+
+class DataError(FxPruneError):
+    """A data set is missing, damaged, or not what it should be."""
 
 
 class DistributedMismatchError(FxPruneError):
