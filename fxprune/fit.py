@@ -1,116 +1,91 @@
 """The reference trainer: SGD with Nesterov momentum, a schedule, cross-entropy, and nothing clever.
 
 Promise: the same model, loader, recipe and thread count give the same weights, bit for bit on a
-CPU; the global random state and every module's training flag are as before afterwards; after an
-error the weights and buffers are as before too.
-Refuses: an empty loader, batches that are not (input, target), a loss that is not finite.
+CPU, also when the training was interrupted and resumed; the global random states, every module's
+training flag and every tensor's memory format are as before afterwards; after an error the weights
+and buffers are as before too.
+Refuses: an empty loader, batches that are not (input, target), a loss that is not finite, a
+checkpoint of another training.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune import randomness, training_state
+from fxprune.batches import Loader, check_loader, empty, logits_of, pair
+from fxprune.checkpoint import StrPath
 from fxprune.errors import FxPruneError, OptionError, OptionTypeError
+from fxprune.interrupts import Interrupts
+from fxprune.meter import PROGRESS, Meter, meter
+from fxprune.recipe import AMP, Recipe
+from fxprune.training_state import Parts, Position, tensors_of
+
+__all__ = ["History", "Recipe", "accuracies", "accuracy", "train"]
+
+Evaluate = Loader | Callable[[nn.Module], float]
+Progress = bool | Literal["log"]
 
 _CHECK_EVERY = 16  # steps between two looks at the loss; each look waits for the GPU
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train; OptionError for a value that makes no sense.
+class History(list[float]):
+    """The mean loss of every epoch. `scores`: what `evaluate` gave after each, or nothing."""
 
-    `lr` is the peak learning rate. After `warmup` epochs of linear rise, "cosine" falls to 0 at
-    the end, "step" multiplies by `gamma` at each of the `milestones` (shares of all epochs), and
-    "constant" stays. `weight_decay` acts on every parameter. `clip_norm` bounds the 2-norm of the
-    whole gradient; None leaves it. `seed` fixes dropout and the order of loaders that have no
-    generator of their own.
-    """
-
-    epochs: int = 10
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: float = 0.0
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    label_smoothing: float = 0.0
-    clip_norm: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, fine, wanted in (
-            ("epochs", _whole(self.epochs) and self.epochs >= 0, "an integer of at least 0"),
-            ("lr", 0 < self.lr < math.inf, "above 0"),
-            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
-            ("warmup", 0 <= self.warmup < math.inf, "a number of epochs of at least 0"),
-            ("milestones", all(0 < m < 1 for m in self.milestones), "shares between 0 and 1"),
-            ("gamma", 0 < self.gamma <= 1, "above 0 and at most 1"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or above 0"),
-            ("seed", _whole(self.seed), "an integer"),
-        ):
-            if not fine:
-                raise OptionError(
-                    f"Recipe({name}={getattr(self, name)!r}) makes no sense",
-                    where=name,
-                    why=f"it must be {wanted}",
-                )
-
-    def learning_rate(self, epoch: float) -> float:
-        """The rate after `epoch` epochs (2.5 is halfway through the third), 0 <= epoch <= epochs."""
-        if epoch < self.warmup:
-            return self.lr * epoch / self.warmup
-        share = epoch / self.epochs if self.epochs else 0.0
-        if self.schedule == "step":
-            return self.lr * self.gamma ** sum(share >= m for m in self.milestones)
-        if self.schedule == "cosine":
-            rest = max(self.epochs - self.warmup, 1e-9)
-            return self.lr * (1 + math.cos(math.pi * min((epoch - self.warmup) / rest, 1))) / 2
-        return self.lr
-
-    def optimizer(self, parameters: Iterable[Any]) -> torch.optim.SGD:
-        """Fresh SGD over parameters or parameter groups, as this recipe says."""
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
-        )
+    def __init__(self, losses: Iterable[float] = (), scores: Iterable[float] = ()) -> None:
+        super().__init__(losses)
+        self.scores = list(scores)
 
 
-_SCHEDULES = ("cosine", "step", "constant")
+# ---- train --------------------------------------------------------------------------------------
 
 
 def train(
     model: nn.Module,
-    loader: Iterable[Sequence[Any]],
+    loader: Loader,
     recipe: Recipe,
     *,
-    progress: bool = True,
+    progress: Progress = True,
     on_epoch: Callable[[int, float], None] | None = None,
-) -> list[float]:
+    evaluate: Evaluate | None = None,
+    checkpoint: StrPath | None = None,
+    resume: bool = True,
+) -> History:
     """Train `model` in place; the mean cross-entropy of every epoch, `recipe.epochs` numbers.
 
     loader:   yields (input, target): float [N, ...] and int64 [N], moved to the model's device;
-              iterated once per epoch.
-    progress: a bar on stderr, where that is a terminal.
+              iterated once per epoch. A batch of one sample that follows larger ones is left out
+              where the network has batch norms: one sample has no variance.
+    progress: True shows epoch, loss, images per second and the time left: a bar where stderr is a
+              terminal, else a line at most every 30 seconds; "log" is a line per epoch.
     on_epoch: called as on_epoch(epochs done, mean loss) after every epoch.
-    OptionError when the loader is empty or yields something else, FxPruneError when the loss is
-    not finite; the model is then as before. Ctrl-C keeps what was trained so far.
+    evaluate: measured after every epoch, in eval mode and full precision: a loader (top-1 accuracy)
+              or a function (model) -> float. In `scores` of what is returned, and in the progress.
+    checkpoint: a file, written at the start, after every epoch, and when Ctrl-C or SIGTERM ends the
+              training, which then finishes its step first. Where it exists, training goes on from
+              it, in the middle of an epoch too (whose first batches are then drawn once more, and
+              not trained on), and is the same bit for bit on a CPU as one without interruption. It
+              replaces the model's weights; one that is complete trains nothing. The generators of
+              `loader` and `loader.sampler` belong to it; loaders must be deterministic otherwise
+              (torch's are, but for `persistent_workers=True` with random augmentation).
+    resume:   False ignores and overwrites an earlier file.
+
+    OptionError when the loader is empty or yields something else, or for "fp16" without CUDA,
+    FxPruneError when the loss is not finite, CheckpointError for a file that belongs to another
+    training or cannot be written; the model is then as before. What a loader's worker process
+    raises arrives here with its traceback. Ctrl-C keeps what was trained so far.
     """
+    _check_arguments(model, loader, recipe, progress, evaluate)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise OptionError(
@@ -120,133 +95,280 @@ def train(
             fix="call model.requires_grad_()",
         )
     device = parameters[0].device
+    _check_amp(recipe, device)
+    before = {key: value.detach().clone() for key, value in tensors_of(model).items()}
     optimizer = recipe.optimizer(parameters)
-    before = {key: value.detach().clone() for key, value in _state(model).items()}
-    losses: list[float] = []
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+    parts = Parts(model, optimizer, scaler, loader, asdict(recipe), device)
     try:
-        with _modes(model), _seeded(recipe.seed, device), _bar(progress, recipe.epochs) as show:
-            model.train()
-            for epoch in range(recipe.epochs):
-                losses.append(_epoch(model, loader, recipe, optimizer, device, epoch, show))
-                if on_epoch is not None:
-                    on_epoch(epoch + 1, losses[-1])
+        with (
+            Interrupts(checkpoint is not None) as interrupts,
+            _channels_last(model) if recipe.channels_last else nullcontext(),
+            _modes(model),
+            randomness.seeded(recipe.seed, device),
+            meter(progress, "training", recipe.epochs) as shown,
+        ):
+            run = _Run(parts, recipe, evaluate, shown, interrupts, checkpoint)
+            run.begin(resume)
+            try:
+                run.epochs(on_epoch)
+            except KeyboardInterrupt:
+                if interrupts.whole:
+                    run.save()
+                raise
     except Exception:
         with torch.no_grad():
-            for key, value in _state(model).items():
-                value.copy_(before[key])
+            for key, value in tensors_of(model).items():
+                value.copy_(before[key])  # guard: the old weights -> tests/test_fit.py -k leaves
         raise
     finally:
         optimizer.zero_grad(set_to_none=True)
-    return losses
+    return History(run.position.losses, run.position.scores)
 
 
-def accuracy(model: nn.Module, loader: Iterable[Sequence[Any]]) -> float:
-    """The share of inputs whose largest logit is the target's: top-1, 0 to 1.
+class _Run:
+    """A training under way. What changes between two steps changes inside `interrupts.held()`."""
 
-    loader yields (input, target): float [N, ...] and int64 [N]; the model gives [N, classes].
-    Measured in eval mode; every module's mode is as before afterwards. OptionError when the
-    loader is empty or yields something else.
-    """
-    device = _device(model)
-    right, seen = torch.zeros((), dtype=torch.int64, device=device), 0
-    with _modes(model), torch.no_grad():
-        model.eval()
-        for batch in loader:
-            x, y = _pair(batch, device)
-            right += (model(x).argmax(1) == y).sum()
-            seen += len(y)
-    if not seen:
-        raise _empty()
-    return right.item() / seen
+    def __init__(
+        self,
+        parts: Parts,
+        recipe: Recipe,
+        evaluate: Evaluate | None,
+        shown: Meter,
+        interrupts: Interrupts,
+        checkpoint: StrPath | None,
+    ) -> None:
+        self.parts, self.model, self.device = parts, parts.model, parts.device
+        self.recipe, self.shown, self.interrupts = recipe, shown, interrupts
+        self.evaluate, self.checkpoint = evaluate, checkpoint
+        self.position = Position()
+        self.start = randomness.capture(self.device, parts.loader)  # as this epoch began
+        self.now = self.start  # as it was after the last step
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        self.total = torch.zeros((), dtype=exact, device=self.device)  # loss over samples
 
+    def begin(self, resume: bool) -> None:
+        """Go on from the file; or write the first one: a path that cannot be written shows now."""
+        if self.checkpoint is None:
+            return
+        if not (resume and os.path.exists(self.checkpoint)):
+            self.save()
+            return
+        self.position, self.start, self.now = training_state.load(self.checkpoint, self.parts)
+        randomness.restore(self.start, self.device, self.parts.loader)
+        self.total.fill_(self.position.total)
+        self.shown.resume(self.position.epoch)
 
-_Show = Callable[[float, float], None]  # epochs done, loss
+    def save(self) -> None:
+        """Write the file, where there is to be one."""
+        if self.checkpoint is None:
+            return
+        self.position.total = self.total.item()
+        with self.interrupts.held():
+            training_state.save(self.checkpoint, self.parts, self.position, self.start, self.now)
 
+    def epochs(self, on_epoch: Callable[[int, float], None] | None) -> None:
+        """All that are left."""
+        while (p := self.position).epoch < self.recipe.epochs:
+            self.model.train()
+            loss = self.epoch()
+            scores = [] if self.evaluate is None else [_score(self.model, self.evaluate)]
+            with self.interrupts.held():
+                self.position = Position(
+                    p.epoch + 1, losses=[*p.losses, loss], scores=[*p.scores, *scores]
+                )
+                self.total.zero_()
+                self.now = self.start = randomness.capture(self.device, self.parts.loader)
+            self.shown.finish_round(p.epoch + 1, self.facts(loss))
+            self.save()
+            if on_epoch is not None:
+                on_epoch(p.epoch + 1, loss)
 
-def _epoch(
-    model: nn.Module,
-    loader: Iterable[Sequence[Any]],
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    epoch: int,
-    show: _Show,
-) -> float:
-    """One pass over the loader; the mean loss per sample."""
-    steps = len(loader) if isinstance(loader, Sized) else 0
-    total, seen, step = torch.zeros((), dtype=torch.float64, device=device), 0, 0
-    for step, batch in enumerate(loader, 1):
-        x, y = _pair(batch, device)
-        done = epoch + min((step - 1) / steps, 1.0) if steps else float(epoch)
-        # The first step of a warm-up would have rate 0: use the rate at the middle of the step.
-        rate = recipe.learning_rate(min(done + (0.5 / steps if steps else 0.0), recipe.epochs))
+    def epoch(self) -> float:
+        """The rest of the present epoch; the mean loss per sample of all of it."""
+        p, loader = self.position, self.parts.loader
+        steps = len(loader) if isinstance(loader, Sized) else 0
+        self.shown.begin_round()
+        for x, y in self.batches():
+            # The middle of the step: at its beginning, a warm-up's first step would have rate 0.
+            share = min((p.step + 0.5) / steps, 1.0) if steps else 0.5
+            rest = len(y) == 1 and p.seen > p.step and _normalises(self.model)
+            with self.interrupts.held():  # guard: whole steps -> tests/test_training_state.py
+                if not rest:
+                    self.learn(x, y, self.recipe.learning_rate(p.epoch + share))
+                    p.seen += len(y)
+                p.step += 1
+                if self.checkpoint is not None:
+                    self.now = randomness.capture(self.device)
+            looked = p.step % _CHECK_EVERY == 1
+            facts = self.facts(self.mean()) if looked else None
+            self.shown.step(p.epoch + (min(p.step / steps, 1.0) if steps else 0.0), len(y), facts)
+        if not p.step:
+            raise empty(p.epoch)
+        return self.mean()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of this epoch's batches; those before are drawn once more, and dropped."""
+        batches = iter(self.parts.loader)
+        for _ in itertools.islice(batches, self.position.step):
+            continue
+        if self.position.step:  # guard: the step's states -> tests/test_training_state.py
+            randomness.restore(self.now, self.device)
+        for batch in batches:
+            yield pair(batch)
+
+    def learn(self, x: Tensor, y: Tensor, rate: float) -> None:
+        """One step of SGD."""
+        recipe, optimizer, scaler = self.recipe, self.parts.optimizer, self.parts.scaler
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+        x = x.to(self.device, non_blocking=True)
+        if recipe.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with _autocast(recipe, self.device):
+            logits = logits_of(self.model, x, y)
+        if logits.dtype in AMP.values():
+            logits = logits.float()
+        y = y.to(self.device, non_blocking=True)
+        loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if recipe.clip_norm is not None:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(
                 (p for g in optimizer.param_groups for p in g["params"]), recipe.clip_norm
             )
-        optimizer.step()
-        total += loss.detach().double() * len(y)
-        seen += len(y)
-        if step % _CHECK_EVERY == 1:
-            show(done, _finite(total.item() / seen, epoch, step, recipe))
-    if not step:
-        raise _empty(epoch)
-    mean = _finite(total.item() / seen, epoch, step, recipe)
-    show(epoch + 1, mean)
-    return mean
+        scaler.step(optimizer)
+        scaler.update()
+        self.total += loss.detach().to(self.total.dtype) * len(y)
 
-
-def _finite(loss: float, epoch: int, step: int, recipe: Recipe) -> float:
-    if math.isfinite(loss):
-        return loss
-    raise FxPruneError(
-        f"the loss became {loss}",
-        where=f"epoch {epoch + 1}, at or before step {step}",
-        why="training diverged, or an input or a weight is not finite",
-        fix=f"use a smaller learning rate (now {recipe.lr:g}) or warmup=1 or clip_norm=1.0; "
-        "check that inputs and weights are finite. The model is as it was before training",
-    )
-
-
-def _empty(epoch: int = 0) -> OptionError:
-    if epoch:
-        return OptionError(
-            f"the loader gave nothing in epoch {epoch + 1}",
-            where="loader",
-            why="it can be iterated only once (a generator?)",
-            fix="pass a DataLoader or a list of batches",
+    def mean(self) -> float:
+        """The mean loss of this epoch so far; FxPruneError when it is not finite."""
+        p = self.position
+        loss = self.total.item() / max(p.seen, 1)
+        if math.isfinite(loss):
+            return loss
+        raise FxPruneError(
+            f"the loss became {loss}",
+            where=f"epoch {p.epoch + 1}, at or before step {p.step}",
+            why="training diverged, or an input or a weight is not finite",
+            fix=f"use a smaller learning rate (now {self.recipe.lr:g}) or warmup=1 or "
+            "clip_norm=1.0; check that inputs and weights are finite. The model is as it was "
+            "before training",
         )
-    return OptionError(
-        "the loader is empty",
-        where="loader",
-        why="it yields no batch",
-        fix="pass an iterable of (input, target) batches that can be iterated once per epoch; "
-        "a DataLoader with drop_last=True needs at least one full batch",
-    )
+
+    def facts(self, loss: float) -> str:
+        """A loss, and the score of the last whole epoch, in words."""
+        form = ", score {:.4g}" if callable(self.evaluate) else ", accuracy {:.1%}"
+        return f"loss {loss:.3f}" + "".join(form.format(s) for s in self.position.scores[-1:])
 
 
-def _pair(batch: object, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(input, target) on the device; OptionTypeError for anything else."""
-    if (
-        not isinstance(batch, list | tuple)
-        or len(batch) != 2
-        or not all(isinstance(part, Tensor) for part in batch)
-    ):
-        found = type(batch).__name__
-        if isinstance(batch, list | tuple):
-            found += f" of {', '.join(type(part).__name__ for part in batch)}"
+# ---- accuracy -----------------------------------------------------------------------------------
+
+
+def accuracy(
+    model: nn.Module, loader: Loader, *, topk: int = 1, progress: Progress = False
+) -> float:
+    """The share of inputs whose target is among the `topk` largest logits, 0 to 1.
+
+    loader yields (input, target): float [N, ...] and int64 [N]; the model gives [N, classes].
+    Measured in eval mode; every module's mode is as before afterwards. OptionError when the
+    loader is empty or yields something else, or there are fewer than `topk` classes.
+    progress: a bar on a terminal, where no other bar is shown; see `train`.
+    """
+    return accuracies(model, loader, (topk,), progress=progress)[0]
+
+
+def accuracies(
+    model: nn.Module, loader: Loader, topk: Sequence[int] = (1, 5), *, progress: Progress = False
+) -> tuple[float, ...]:
+    """`accuracy` for several `topk` in one pass, in their order: by default top-1 and top-5."""
+    check_loader(loader, "loader")
+    _check_progress(progress)
+    if not topk or not all(isinstance(k, int) and k >= 1 for k in topk):
+        raise OptionError(f"topk is {topk!r}", where="topk", why="it must be integers of at least 1")  # fmt: skip
+    device = _device(model)
+    right = torch.zeros(len(topk), dtype=torch.int64, device=device)
+    steps, seen = len(loader) if isinstance(loader, Sized) else 0, 0
+    with _modes(model), torch.no_grad(), meter(progress, "measuring", 1, unit="") as shown:
+        model.eval()
+        for step, batch in enumerate(loader, 1):
+            x, y = pair(batch)
+            logits = logits_of(model, x.to(device, non_blocking=True), y)
+            if (classes := logits.shape[1]) < max(topk):
+                raise OptionError(
+                    f"there is no top-{max(topk)} of {classes} classes",
+                    where="topk",
+                    fix=f"use {classes} at most",
+                )
+            y = y.to(device, non_blocking=True)
+            for i, k in enumerate(topk):
+                best = logits.argmax(1, keepdim=True) if k == 1 else logits.topk(k).indices
+                right[i] += (best == y[:, None]).sum()
+            seen += len(y)
+            shown.step(min(step / steps, 1.0) if steps else 0.0, len(y))
+    if not seen:
+        raise empty()
+    return tuple(n / seen for n in right.tolist())
+
+
+def _score(model: nn.Module, evaluate: Evaluate) -> float:
+    """What `evaluate` says of the model, in eval mode."""
+    if not callable(evaluate):
+        return accuracy(model, evaluate)
+    with _modes(model):
+        return float(evaluate(model.eval()))
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    model: object, loader: object, recipe: object, progress: object, evaluate: object
+) -> None:
+    for name, value, kind in (("model", model, nn.Module), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind):
+            raise OptionTypeError(
+                f"{name} is a {type(value).__name__}",
+                where=name,
+                why=f"it must be a {kind.__name__}",
+            )
+    check_loader(loader, "loader")
+    _check_progress(progress)
+    if evaluate is None or callable(evaluate):
+        return
+    check_loader(evaluate, "evaluate")
+    if isinstance(evaluate, Iterator):
         raise OptionTypeError(
-            "a batch must be a pair of tensors, (input, target)",
-            where="loader",
-            why=f"it yields a {found}",
-            fix="wrap the loader so that it yields such pairs",
+            "evaluate can be iterated only once",
+            where="evaluate",
+            why="it is measured after every epoch",
+            fix="pass a DataLoader, a list of batches, or a function of the model",
         )
-    return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+
+def _check_progress(progress: object) -> None:
+    if progress not in PROGRESS:
+        raise OptionError(f"progress is {progress!r}", where="progress", why='it must be True, False or "log"')  # fmt: skip
+
+
+def _check_amp(recipe: Recipe, device: torch.device) -> None:
+    if recipe.amp == "fp16" and device.type != "cuda":
+        raise OptionError(
+            f'amp="fp16" does not train on {device.type}',
+            where="amp",
+            why="its small gradients vanish without scaling, which needs CUDA",
+            fix='use amp="bf16" or amp=None, or move the model to a GPU',
+        )
+
+
+# ---- the model while it trains ------------------------------------------------------------------
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    if recipe.amp is None:
+        return nullcontext()
+    return torch.autocast(device.type, AMP[recipe.amp])
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -255,9 +377,10 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, those left out of `state_dict()` too."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _normalises(model: nn.Module) -> bool:
+    """Whether some batch norm takes its statistics from the batch."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(m.training for m in norms)
 
 
 @contextmanager
@@ -272,43 +395,13 @@ def _modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch inside; the random state outside is untouched."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Four-dimensional parameters and buffers in channels_last; at the end, in their old storage."""
+    old = {t: t.data for t in tensors_of(model).values() if t.dim() == 4}
+    try:
+        for t in old:
+            t.data = t.data.contiguous(memory_format=torch.channels_last)
         yield
-
-
-@contextmanager
-def _bar(progress: bool, epochs: int) -> Iterator[_Show]:
-    """What shows how far training is: a bar on a terminal, or nothing."""
-    if not progress:
-        yield lambda done, loss: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        TextColumn("epoch {task.fields[epoch]} of {task.total:.0f}, loss {task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # a log file gets no bar, and no empty line in its place
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("training", total=epochs, epoch=1, loss="-")
-
-        def show(done: float, loss: float) -> None:
-            epoch = min(int(done) + 1, epochs)
-            bar.update(task, completed=done, epoch=epoch, loss=f"{loss:.3f}")
-
-        yield show
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    finally:
+        for t, data in old.items():
+            t.data = data.copy_(t.data)
