@@ -72,4 +72,5 @@ wheel-test: setup
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python bench/analyze.py
+	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/table.py

@@ -5,12 +5,14 @@
 
 One table for each `bench` and device of results/STEM.csv: a line per case, a column per provider, p50
 with p20-p80 behind it. Where fxprune's first column has a rival, the last column is their ratio.
+results/latency.csv has one table for each device, with a column per form, and a figure (`plot.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import math
 import re
 import sys
@@ -91,8 +93,9 @@ def table(rows: Sequence[Row]) -> str:
             if row is None:
                 line.append("-")
             else:
-                low, mid, high = (number(float(row[p])) for p in ("p20", "p50", "p80"))
-                line.append(f"**{mid}** ({low}-{high})")
+                shown = "{:.2f}".format if row["unit"].startswith("%") else number
+                low, mid, high = (shown(float(row[p])) for p in ("p20", "p50", "p80"))
+                line.append(f"**{mid}** ({low}-{high})" if row["rounds"] != "1" else mid)
         if compared:
             pair = [by.get((case, provider)) for provider in (ours, rival)]
             line.append("-" if None in pair else ratio(*(float(row["p50"]) for row in pair)))
@@ -101,16 +104,105 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[Row], shown: str = "p50 (p20-p80)") -> str:
     """What the numbers are, and where they were measured."""
 
     def every(column: str) -> str:
         return ", ".join(dict.fromkeys(row[column] for row in rows))
 
+    threads = "" if every("threads") == "0" else f" {every('threads')} thread(s),"  # 0: on a GPU
     return (
-        f"{every('unit')}, p50 (p20-p80); {every('device')}, {every('threads')} thread(s), "
+        f"{every('unit')}{shown and ', ' + shown}; {every('device')},{threads} "
         f"{every('dtype')}, torch {every('torch')}; commit {every('commit')}, {every('date')}"
     )
+
+
+# --- latency: original -> pruned -> pruned+folded, in several forms ---------------------------------
+
+
+def machines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each machine (device and threads), under a name that a file can have."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        words = row["device"] + ("" if row["threads"] == "0" else f" {row['threads']}")
+        found.setdefault(re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-"), []).append(row)
+    return found
+
+
+def forms_of(rows: Sequence[Row]) -> list[str]:
+    """The forms that were measured, in their order; "macs" is a count, not a form."""
+    return list(dict.fromkeys(row["bench"] for row in rows if row["bench"] != "macs"))
+
+
+def latency_table(rows: Sequence[Row]) -> str:
+    """One machine's latencies as Markdown, and below it where a smaller graph is not a faster one."""
+    value = {(r["case"], r["shape"], r["bench"], r["provider"]): float(r["p50"]) for r in rows}
+    graphs = list(dict.fromkeys(row["provider"] for row in rows))
+    forms = forms_of(rows)
+    lines, slow = [], []
+    for case, shape in dict.fromkeys((row["case"], row["shape"]) for row in rows):
+        batch = shape.partition("x")[0]
+        macs = [value[case, shape, "macs", graph] for graph in graphs]
+        cells, fastest = [], {}
+        for form in forms:
+            times = {
+                g: value[case, shape, form, g] for g in graphs if (case, shape, form, g) in value
+            }
+            first = times.get(graphs[0])
+            said = []
+            for graph, ms in times.items():
+                fastest[graph] = min(ms, fastest.get(graph, math.inf))
+                compared = first is not None and graph != graphs[0]
+                said.append(number(ms) + (f" ({ratio(ms, first)})" if compared else ""))
+                if compared and ms > 0.95 * first:
+                    slow.append(f"{case} at batch {batch}, {form}, {graph} ({ratio(ms, first)})")
+            cells.append(" → ".join(said) or "-")
+        best = min((ms for graph, ms in fastest.items() if graph != graphs[0]), default=None)
+        both = best is not None and graphs[0] in fastest
+        cells.append(f"**{ratio(best, fastest[graphs[0]])}**" if both else "-")
+        lines.append([case, batch, f"{min(macs) / macs[0]:.0%}", *cells])
+    head = ["network", "batch", "MACs left", *forms, "fastest / fastest"]
+    rule = ["---", "---:", "---:", *["---"] * len(forms), "---:"]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+    if slow:
+        text += "\n\nNot faster than the original by 5 % or more: " + "; ".join(slow) + "."
+    return text
+
+
+def render_latency(rows: Sequence[Row]) -> str:
+    """Figure, table and caption of every machine."""
+    parts = []
+    for name, chosen in machines(rows).items():
+        times = [row for row in chosen if row["bench"] != "macs"]
+        graphs = " → ".join(dict.fromkeys(row["provider"] for row in times))
+        parts.append(
+            f"![Milliseconds per call, {chosen[0]['device']}](bench/results/latency-{name}.svg)"
+        )
+        parts.append(latency_table(chosen))
+        said = f"{graphs} (share of the original's time), last the fastest pruned over the fastest original"
+        parts.append(f"{said}; {caption(times, 'p50')}")
+    return "\n\n".join(parts)
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """What a figure carries, to tell whether it was drawn from these rows."""
+    text = "\n".join(",".join(row[c] for c in COLUMNS) for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stale_figures(results: Path) -> dict[Path, list[Row]]:
+    """The figures that are missing or drawn from other rows, and the rows they should show."""
+    path = results / "latency.csv"
+    wanted = machines(read(path)) if path.exists() else {}
+    figures = {results / f"latency-{name}.svg": rows for name, rows in wanted.items()}
+    return {
+        figure: rows
+        for figure, rows in figures.items()
+        if not figure.exists() or digest(rows) not in figure.read_text()
+    }
+
+
+# --- every file -------------------------------------------------------------------------------------
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -118,7 +210,8 @@ def render(rows: Sequence[Row]) -> str:
     parts = []
     for bench, device in dict.fromkeys((row["bench"], row["device"]) for row in rows):
         chosen = [row for row in rows if (row["bench"], row["device"]) == (bench, device)]
-        parts += [f"**{bench}**", table(chosen), caption(chosen)]
+        once = all(row["rounds"] == "1" for row in chosen)
+        parts += [f"**{bench}**", table(chosen), caption(chosen, "" if once else "p50 (p20-p80)")]
     return "\n\n".join(parts)
 
 
@@ -129,7 +222,8 @@ def splice(text: str, results: Path) -> str:
         path = results / f"{span['stem']}.csv"
         if not path.exists():
             raise FileNotFoundError(f"a table is wanted for bench:{span['stem']}, but there is no {path.name}")  # fmt: skip
-        return f"{span[1]}\n{render(read(path))}\n\n{span[3]}"
+        made = (render_latency if span["stem"] == "latency" else render)(read(path))
+        return f"{span[1]}\n{made}\n\n{span[3]}"
 
     return SPAN.sub(fresh, text)
 
@@ -140,6 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a table is not current")
     check = parser.parse_args(argv).check
     stale = False
+    for figure, rows in stale_figures(ROOT / "bench" / "results").items():
+        stale = True
+        print(f"{figure.relative_to(ROOT)}: {'not current' if check else 'drawn'}")
+        if not check:
+            from plot import draw
+
+            draw(rows, figure)
     for path in (ROOT / "README.md", ROOT / "bench" / "README.md"):
         old = path.read_text()
         new = splice(old, ROOT / "bench" / "results")
