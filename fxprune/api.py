@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxprune import fit as training
 from fxprune import pipeline, storage
+from fxprune.batches import check_loader
 from fxprune.budget import Budget
 from fxprune.config import Method, Preset, check_share, resolve
 from fxprune.cost import Cost
@@ -25,7 +26,7 @@ from fxprune.plan import Plan
 from fxprune.planning import mask_of, write_plan
 from fxprune.pruned import PrunedModule, plan_now
 from fxprune.recalibrate import recalibrate
-from fxprune.scope import Ignore, left_whole
+from fxprune.scope import Ignore, check_scope, left_whole, resolved
 from fxprune.selection import check_align, first_step, select
 
 Inputs = Tensor | tuple[Any, ...] | None
@@ -111,6 +112,8 @@ def compile(
         with steps.step("analyse"):
             analysis = _analyze(network, inputs)
         first = first or first_step(analysis)
+        # Names and classes of modules are those of the user's model, also in later steps.
+        ignore = resolved(analysis, ignore)  # guard: ignore once -> tests/methods -k stay_ignored
         with steps.step("select"):
             plan, keep = select(
                 analysis,
@@ -124,7 +127,7 @@ def compile(
                 step=replace(first, number=number, of=chosen.steps),
             )
         pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
-        whole = left_whole(analysis, plan, scope=scope, ignore=ignore, align=align)
+        whole = left_whole(analysis, pruned.plan, scope=scope, ignore=ignore, align=align)
         pruned.report.frozen += whole
         pruned = pipeline.sealed(pruned)
         scored("after the cut" + which, pruned)
@@ -155,10 +158,41 @@ def _fit(
             assert data is not None
             training.train(pruned, data, fit, progress=progress)
         else:
-            fit(pruned)
+            before = _tensors_of(pruned)
+            returned = fit(pruned)
+            _check_trained(pruned, before, returned)
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _tensors_of(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    state = state_of(module)
+    return {k: (tuple(t.shape), t.dtype, t.device) for k, t in state.items()}
+
+
+def _check_trained(
+    pruned: PrunedModule, before: dict[str, tuple[Any, ...]], returned: object
+) -> None:
+    """Training changes values and nothing else; what it returns is not looked at."""
+    if isinstance(returned, nn.Module) and returned is not pruned:
+        raise OptionTypeError(
+            f"fit returned another {type(returned).__name__}",
+            where="fit",
+            why="it must train the network that it gets, in place; a copy would be lost",
+            fix="train the argument itself, or copy the weights back: pruned.load_state_dict(...)",
+        )
+    after = _tensors_of(pruned)
+    changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    if changed:  # guard: only values -> tests/methods -k only_values
+        name = changed[0]
+        was, now = (" ".join(map(str, d[name])) if name in d else "absent" for d in (before, after))
+        raise OptionError(
+            f"fit changed `{name}`: it was {was}, and is {now}",
+            where="fit",
+            why="the plan says which channels are left; training may change values only",
+            fix="train without replacing, moving or converting layers",
+        )
 
 
 def _check_options(
@@ -185,21 +219,11 @@ def _check_options(
             fix="drop one: budget=0.5, or method=fxprune.methods.L1(ratio=0.5)",
         )
     check_align(align)
-    if not isinstance(scope, str | list | tuple) or not all(isinstance(s, str) for s in scope):
-        raise OptionTypeError(
-            f"scope is {scope!r}",
-            where="scope",
-            why='it must be "all", "free", or patterns of names',
-        )
-    if not callable(ignore) and not isinstance(ignore, str | list | tuple | set | frozenset):
-        raise OptionTypeError(
-            f"ignore is {ignore!r}",
-            where="ignore",
-            why="it must be patterns of names, or filter_fn(module, name) -> bool",
-        )
+    check_scope(scope, ignore)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise OptionTypeError(f"seed is {seed!r}", where="seed", why="it must be a whole number")
-    if fit is not None and not isinstance(fit, Recipe) and not callable(fit):
+    trains = callable(fit) and not isinstance(fit, type | nn.Module)
+    if fit is not None and not isinstance(fit, Recipe) and not trains:
         raise OptionTypeError(
             f"fit is {fit!r}",
             where="fit",
@@ -214,6 +238,16 @@ def _check_options(
                 f"{what} needs data",
                 where="data",
                 fix="pass data=loader with (input, target) batches",
+            )
+    if data is not None:
+        check_loader(data, "data")
+        reads = chosen.steps * (chosen.looks_at_data + (repair == "bn") + isinstance(fit, Recipe))
+        if reads > 1 and isinstance(data, Iterator):
+            raise OptionError(
+                f"data can be read only once, and is needed {reads} times",
+                where="data",
+                why=f"it is a {type(data).__name__}",
+                fix="pass a DataLoader or a list of batches",
             )
     if repair not in (None, "bn"):
         raise OptionError(f"repair is {repair!r}", where="repair", why='it must be None or "bn"')
@@ -317,9 +351,8 @@ def load(path: str | Path, model: nn.Module, example_inputs: Inputs = None) -> P
     if example_inputs is not None:
         inputs, _ = find_inputs(model, example_inputs, None)
     else:
-        inputs = tuple(spec.example() for spec in specs)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        inputs = tuple(spec.blank(dtype) for spec in specs)
     pruned = _apply(model, replace(plan, weights="cut"), inputs, notes)
     storage.fill(pruned, tensors, path)
     pruned.plan = plan

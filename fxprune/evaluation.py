@@ -14,10 +14,24 @@ Evaluate = Callable[[nn.Module], float] | Iterable[Any]
 
 
 def score(model: nn.Module, evaluate: Evaluate) -> float:
-    """`evaluate(model)`, or the top-1 accuracy over a loader; every module's mode is as before."""
+    """`evaluate(model)`, or the top-1 accuracy over a loader, in eval mode; modes are as before.
+
+    Raises OptionTypeError when `evaluate` gives anything but one number.
+    """
     modes = [(m, m.training) for m in model.modules()]
     try:
-        return float(evaluate(model) if callable(evaluate) else fit.accuracy(model, evaluate))
+        for module, _ in modes:  # guard: eval -> tests/methods -k measured_in_eval
+            module.training = False
+        given = evaluate(model) if callable(evaluate) else fit.accuracy(model, evaluate)
+        try:
+            return float(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionTypeError(
+                f"evaluate gave a {type(given).__name__}",
+                where="evaluate",
+                why=f"it must give one number, the higher the better: {error}",
+                fix="return a float, such as the accuracy",
+            ) from error
     finally:
         for module, mode in modes:
             module.training = mode

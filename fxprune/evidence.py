@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from fxprune.batches import check_loader
 from fxprune.errors import OptionError, PlanError
 from fxprune.groups import Analysis, Group
 from fxprune.labels import Label, Slot
@@ -82,6 +83,14 @@ def _observe(analysis: Analysis, data: Iterable[Any] | None, samples: int) -> di
             fix="pass data=loader with (input, target) batches",
         )
     traced = analysis.traced
+    check_loader(data, "data")
+    if len(traced.example_inputs) > 1:  # guard: one input -> tests/methods -k several_inputs
+        raise OptionError(
+            "feature maps of a model with several inputs cannot be taken from data",
+            where="data",
+            why="a batch is (input, target): it has one input",
+            fix='rank by="weights", or prune the part of the model that has one input',
+        )
     watched = _producing_nodes(analysis)
     totals = {tensor: _Total() for tensor, _ in watched.values()}
     seen = 0
@@ -117,10 +126,12 @@ def _producing_nodes(analysis: Analysis) -> dict[Node, tuple[str, int]]:
             if slot is None:
                 continue
             classes = analysis.classes(slot.ids)
-            for axis in label.varying:
-                ids = analysis.classes(label.ids).ravel()
-                if len(label.varying) == 1 and np.array_equal(ids, classes):
-                    found[node] = tensor, axis
+            # A weight has one axis more than its maps have behind the channels, also where there is
+            # one channel only, which no id tells from the other axes.
+            axis = len(label.shape) - traced.tensors.tensor[tensor].dim() + 1
+            along = set(label.varying) <= {axis}
+            if along and np.array_equal(analysis.classes(label.ids).ravel(), classes):
+                found[node] = tensor, axis
     return found
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.graph import first_argument, op_name, value_of
 from fxprune.labels import Label, Ledger, uncut
+from fxprune.symbolic import LEAVES
 from fxprune.trace import Traced, assertion
 
 Value = Any  # Label, or a tuple of values, or None for what is not a tensor
@@ -67,6 +68,7 @@ def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register a rule for functions and methods (by plain name) and modules.
 
     Modules are matched by exact class, or by its full dotted name where importing it is too much.
+    A class with a rule is not traced into.
     """
 
     def register(function: Rule) -> Rule:
@@ -74,6 +76,8 @@ def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
             if key in RULES:
                 raise ValueError(f"two rules for {key}")
             RULES[key] = function
+            if isinstance(key, type):
+                LEAVES.add(key)
         return function
 
     return register
@@ -109,7 +113,7 @@ def flow_through(traced: Traced, whole_groups: Mapping[str, bool] = MappingProxy
             several = len(label.varying) > 1
             if several:  # guard: rectangles -> tests/test_law.py -k shuffle_view
                 flow.ledger.arrays.append(label.ids)
-    flow.ledger.freeze_whole()  # guard: read whole -> tests/test_bad_input.py -k "elsewhere or read"
+    flow.ledger.freeze_whole()  # guard: read whole -> tests/bad_input/test_kept.py -k "elsewhere or read"
     return flow
 
 
@@ -149,17 +153,17 @@ def _visit(flow: Flow, node: Node) -> Value:
 def _visit_module(flow: Flow, node: Node) -> Value:
     module = flow.traced.module(node)
     name = type(module).__name__
-    if _computed(module):  # guard: computed weight -> tests/test_bad_input.py -k norm
+    if _computed(module):  # guard: computed weight -> tests/bad_input/test_weights.py -k norm
         return opaque(
             flow,
             node,
             f"`{node.target}.weight` is computed by a hook; torch.nn.utils.remove_weight_norm, "
             "remove_spectral_norm or prune.remove makes it prunable",
         )
-    if node.target in flow.traced.hooked:  # guard: hooks -> tests/test_bad_input.py -k hook
+    if node.target in flow.traced.hooked:  # guard: hooks -> tests/bad_input/test_hooks.py
         return opaque(flow, node, f"`{node.target}` has hooks that may change what it computes")
     parametrized = hasattr(module, "parametrizations")
-    if parametrized:  # guard: parametrized -> tests/test_bad_input.py -k parametrized_layers
+    if parametrized:  # guard: parametrized -> tests/bad_input/test_weights.py -k parametrized
         why = f"`{node.target}` is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
         return opaque(flow, node, why + " makes it prunable")
     kind = type(module)
@@ -216,11 +220,21 @@ def _attribute(flow: Flow, node: Node) -> Value:
         return None
     name = flow.ledger.tensors.add(str(node.target), t)
     long = [d for d, n in enumerate(t.shape) if n > 1]
+    if t.dim() > 1 and node.users and all(_is_weight(node, user) for user in node.users):
+        return Label(
+            tuple(t.shape), uncut(t.shape).ids, param=name
+        )  # its axes are told apart there
     if unsliceable(t) or not long:
         return uncut(t.shape)
     if len(long) > 1:
         return Label(tuple(t.shape), uncut(t.shape).ids, param=name)
     return Label(tuple(t.shape), axis_ids(flow, name, t, long[0], node))
+
+
+def _is_weight(node: Node, user: Node) -> bool:
+    """Whether a node is the weight of a convolution or linear that a function computes."""
+    weight = user.args[1] if len(user.args) > 1 else user.kwargs.get("weight")
+    return weight is node and op_name(user).startswith(("conv", "linear"))
 
 
 def axis_ids(flow: Flow, name: str, t: Tensor, axis: int, node: Node) -> Tensor:

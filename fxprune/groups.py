@@ -47,10 +47,15 @@ class Group:
     producers: tuple[Slot, ...]
     members: tuple[str, ...]
     residual: bool
-    width: int  # rows of the first producer, frozen ones included
+    width: int  # rows of the widest producer, frozen ones included
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    @property
+    def widest(self) -> Slot:
+        """The first of the producers with the most rows: all of the group where others pad."""
+        return max(self.producers, key=lambda slot: slot.size)
 
 
 @dataclass
@@ -153,7 +158,8 @@ class Analysis:
 
 def analysis_table(analysis: Analysis) -> str:
     """The groups and what is frozen, as text for a terminal."""
-    from fxprune.report import AnalysisRow, analysis_text
+    from fxprune.report import AnalysisRow
+    from fxprune.tables import analysis_text
 
     rows = [AnalysisRow(g.name, g.width, len(g), g.residual, g.members) for g in analysis.groups]
     return analysis_text(rows, analysis.frozen)
@@ -314,7 +320,7 @@ def _groups(flow: Flow, class_of: Array, stays: Array) -> list[Group]:
                 producers=tuple(producers[i] for i in owners),
                 members=tuple(members.get(g, ())),
                 residual=bool(residual[classes].any()),
-                width=producers[owners[0]].size,
+                width=max(producers[i].size for i in owners),
             )
         )
     return _distinct_names(groups)

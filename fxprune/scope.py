@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -13,7 +14,47 @@ from fxprune.errors import OptionTypeError, PlanError
 from fxprune.groups import Analysis, Array, Group
 from fxprune.plan import Note, Plan
 
-Ignore = Sequence[str] | Callable[[nn.Module, str], bool]
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `ignore` meant on the model that the user passed, for later cuts of what is left of it:
+    there, containers have lost their classes, and what forward does not use is gone."""
+
+    names: frozenset[str]  # of parameters and buffers
+    asked: str  # `ignore` as it is shown
+
+    def __repr__(self) -> str:
+        return self.asked
+
+
+Ignore = Sequence[str] | Callable[[nn.Module, str], bool] | Resolved
+
+
+def resolved(analysis: Analysis, ignore: Ignore) -> Resolved:
+    """The tensors whose output channels `ignore` freezes."""
+    if isinstance(ignore, Resolved):
+        return ignore
+    shown = "filter_fn" if callable(ignore) else f"{ignore!r}"
+    names = _ignored_names(analysis, ignore)
+    owned = analysis.traced.tensors.names  # first name -> all; later networks know only the first
+    first = {n for n, aliases in owned.items() if not names.isdisjoint(aliases)}
+    return Resolved(frozenset(names | first), shown)
+
+
+def check_scope(scope: object, ignore: object) -> None:
+    """OptionTypeError for what cannot be a scope or patterns to ignore."""
+    if not isinstance(scope, str | list | tuple) or not all(isinstance(s, str) for s in scope):
+        raise OptionTypeError(
+            f"scope is {scope!r}",
+            where="scope",
+            why='it must be "all", "free", or patterns of names',
+        )
+    if not callable(ignore) and not isinstance(ignore, str | list | tuple | set | frozenset):
+        raise OptionTypeError(
+            f"ignore is {ignore!r}",
+            where="ignore",
+            why="it must be patterns of names, or filter_fn(module, name) -> bool",
+        )
 
 
 def choose_groups(analysis: Analysis, scope: str | Sequence[str], ignore: Ignore) -> list[Group]:
@@ -42,7 +83,7 @@ def left_whole(
     chosen = {g.name for g in choose_groups(analysis, scope, ignore)}
     cut = {s.tensor for s in plan.slices}
     names: dict[str, list[str]] = {}
-    shown = "filter_fn" if callable(ignore) else f"{ignore!r}"
+    shown = resolved(analysis, ignore)
     for group in analysis.groups:
         if frozen[group.classes].any():
             why = f"kept by ignore={shown}, alone or through a coupled layer"
@@ -95,7 +136,7 @@ def _ignored_classes(analysis: Analysis, ignore: Ignore) -> Array:
     """Classes that hold an output channel of an ignored module or parameter: bool [classes]."""
     frozen = np.zeros(len(analysis.stays), dtype=bool)
     tensors = analysis.traced.tensors
-    ignored = _ignored_names(analysis, ignore)
+    ignored = resolved(analysis, ignore).names
     for slot in analysis.slots:
         makes = slot.role == "out" or analysis.flow.ledger.whole_groups.get(slot.tensor, False)
         if makes and not ignored.isdisjoint(tensors.names.get(slot.tensor, [slot.tensor])):
@@ -103,14 +144,16 @@ def _ignored_classes(analysis: Analysis, ignore: Ignore) -> Array:
     return frozen
 
 
-def _ignored_names(analysis: Analysis, ignore: Ignore) -> set[str]:
+def _ignored_names(
+    analysis: Analysis, ignore: Sequence[str] | Callable[[nn.Module, str], bool]
+) -> set[str]:
     model = analysis.traced.model
     names = [n for owned in analysis.traced.tensors.names.values() for n in owned]
     if callable(ignore):
         keep = {n: m for n, m in model.named_modules() if n and not ignore(m, n)}
         return {n for n in names if any(n.startswith(m + ".") for m in keep)}
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
-    modules = [n for n, _ in model.named_modules() if n]
+    modules = [n for n, _ in model.named_modules(remove_duplicate=False) if n]
     ignored: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):

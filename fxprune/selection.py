@@ -56,7 +56,7 @@ def _weight(analysis: Analysis, slot: Slot, keep: Array | None) -> Tensor:
     for s in analysis.slots:
         stays = keep[analysis.classes(s.ids)]
         if s.tensor == slot.tensor and s.dim != slot.dim and not stays.all():
-            t = t.clone()
+            t = t.clone()  # guard: own copy -> tests/methods -k users_weights
             zero_inputs(t, Slice(s.tensor, s.dim, "in", s.size, tuple(np.flatnonzero(stays))))
     return t
 
@@ -110,7 +110,9 @@ def rank(
             f"method {method.name!r} gave {len(scores)} scores for the {len(group)} channels of "
             f"group `{group.name}`" + ("" if len(scores) != len(group) else ", some not finite"),
             where="method",
-            fix="return one finite score per channel, the higher the longer it stays",
+            fix="return one finite score per channel, the higher the longer it stays"
+            if method.custom
+            else "look for NaN, infinities or numbers near the largest float in weights and data",
         )
     order: Array = group.classes[np.argsort(-scores.numpy(), kind="stable")]
     return order
@@ -214,10 +216,13 @@ def select(
             limits[name] = int((1 - step.part(1 - share)) * total + 1e-6)
         return by_budget(analysis, ranked, limits, price)
 
-    ranked = protect(analysis, groups, [rank(analysis, g, method, evidence) for g in groups], align)
+    orders = [rank(analysis, g, method, evidence) for g in groups]
+    ranked = protect(analysis, groups, orders, align)
     counts = counts_of(ranked)
     if method.greedy:
-        ranked, counts = _greedy(analysis, groups, method, evidence, align, counts, counts_of)
+        ranked, counts = _greedy(
+            analysis, groups, method, evidence, align, orders, counts, counts_of
+        )
     keep = keep_mask(analysis, ranked, counts)
     plan = write_plan(
         analysis,
@@ -255,24 +260,24 @@ def _greedy(
     method: Method,
     evidence: Evidence,
     align: int,
+    orders: list[Array],
     counts: list[int],
     counts_of: Callable[[list[Ranked]], list[int]],
 ) -> tuple[list[Ranked], list[int]]:
     """Rank the groups in order, each without the inputs that those before it lose.
 
-    How many go decides what is left to count, and may in turn depend on which go: the two are
-    repeated until the counts stay (they do at once where a ratio fixes them).
+    orders: of scores that count every input, where to begin. How many go decides what is left to
+    count, and may in turn depend on which go: the two are repeated until both stay.
     """
     for _ in range(_GREEDY_ROUNDS):
         keep = analysis.everything()
-        orders: list[Array] = []
-        for group, count in zip(groups, counts, strict=True):
-            order = rank(analysis, group, method, evidence, keep)
-            orders.append(order)
-            keep[order[count:]] = False
-        ranked = protect(analysis, groups, orders, align)
-        before, counts = counts, counts_of(ranked)
-        if counts == before:
+        for i, group in enumerate(groups):
+            orders[i] = rank(analysis, group, method, evidence, keep)
+            # what goes is known only once every piece has its one: it may be another group's choice
+            ranked = protect(analysis, groups, orders, align)
+            keep[ranked[i].order[counts[i] :]] = False
+        counts = counts_of(ranked)
+        if (keep_mask(analysis, ranked, counts) == keep).all():
             break
     return ranked, counts
 
@@ -284,21 +289,38 @@ def ratios_of(analysis: Analysis, groups: Sequence[Group], shares: Ratio | Prese
     """The share that goes of each group; PlanError for a pattern or a preset that does not fit."""
     if not isinstance(shares, Preset | Mapping):
         return [float(shares)] * len(groups)
-    names = {g.name: {g.name, *(m.rpartition(".")[0] or m for m in _made_by(g))} for g in analysis.groups}  # fmt: skip
+    names = _names(analysis)
     if isinstance(shares, Preset):
         _check_preset(analysis, shares, names)
         return [shares.ratios.get(g.name, 0.0) for g in groups]
+    known = set().union(*names.values())
+
+    def fits(pattern: str, owned: set[str]) -> bool:
+        if pattern in known:  # guard: literal names -> tests/methods -k literally
+            return pattern in owned
+        return bool(fnmatch.filter(owned, pattern))
+
     for pattern in shares:
-        if not any(fnmatch.filter(owned, pattern) for owned in names.values()):
+        if not any(fits(pattern, owned) for owned in names.values()):
             raise no_match("ratio", pattern, sorted(names))
-    return [
-        next((r for p, r in shares.items() if fnmatch.filter(names[g.name], p)), 0.0)
-        for g in groups
-    ]
+    return [next((r for p, r in shares.items() if fits(p, names[g.name])), 0.0) for g in groups]
 
 
-def _made_by(group: Group) -> list[str]:
-    return [slot.tensor for slot in group.producers]
+def _names(analysis: Analysis) -> dict[str, set[str]]:
+    """Group -> its name and those of the modules that make its channels, under every alias; but a
+    name that is a group's own is that group's alone."""
+    aliases = analysis.traced.tensors.names
+    own = {g.name for g in analysis.groups}
+    return {
+        g.name: {g.name}
+        | {
+            alias.rpartition(".")[0] or alias
+            for slot in g.producers
+            for alias in aliases.get(slot.tensor, [slot.tensor])
+        }
+        - (own - {g.name})
+        for g in analysis.groups
+    }
 
 
 def _check_preset(analysis: Analysis, preset: Preset, names: Mapping[str, object]) -> None:

@@ -25,19 +25,21 @@ from fxprune.api import Inputs, analyze
 from fxprune.budget import Ranked, by_ratio, keep_mask
 from fxprune.config import Method, check_share, resolve
 from fxprune.cost import Cost
-from fxprune.errors import CheckpointError, FxPruneError, OptionError
+from fxprune.errors import CheckpointError, FxPruneError, OptionError, OptionTypeError
 from fxprune.evaluation import Evaluate, check_evaluate, score
-from fxprune.groups import Analysis
+from fxprune.groups import Analysis, Array
 from fxprune.inputs import find_inputs, unwrap
+from fxprune.plan import Plan
 from fxprune.planning import write_plan
 from fxprune.pruned import stamp_of
 from fxprune.report import Curve, Point
-from fxprune.scope import Ignore, choose_groups
+from fxprune.scope import Ignore, check_scope, choose_groups
 from fxprune.selection import check_finite, evidence_of, protect, rank
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+_ROUNDING = 1e-9  # 0.07 - 0.01 is above 0.06
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SCHEMA_VERSION = 1
 
@@ -77,7 +79,7 @@ class Sensitivity:
         for curve in self.curves:
             bearable = 0.0
             for point in sorted(curve.points, key=lambda p: p.ratio):
-                if not point.score >= self.baseline - drop:
+                if not point.score >= self.baseline - drop - _ROUNDING:
                     break
                 bearable = point.ratio
             if curve.method == chosen and bearable:
@@ -114,21 +116,21 @@ class Sensitivity:
         """The scan that `to_json` wrote; FxPruneError when the text is something else."""
         try:
             data = json.loads(text)
-            if data["schema_version"] != SCHEMA_VERSION or data["kind"] != "sensitivity":
+            if _whole(data["schema_version"]) != SCHEMA_VERSION or data["kind"] != "sensitivity":
                 raise ValueError("kind or schema_version differ")
             curves = [
                 Curve(
-                    str(c["name"]),
-                    int(c["channels"]),
-                    str(c["method"]),
+                    _text(c["name"]),
+                    _whole(c["channels"]),
+                    _text(c["method"]),
                     tuple(
-                        Point(float(p["ratio"]), int(p["kept"]), _number(p["score"]))
-                        for p in c["points"]
+                        Point(_ratio(p["ratio"]), _whole(p["kept"]), _number(p["score"]))
+                        for p in _listed(c["points"])
                     ),
                 )
-                for c in data["curves"]
+                for c in _listed(data["curves"])
             ]
-            return cls(str(data["model"]), _number(data["baseline"]), tuple(curves))
+            return cls(_text(data["model"]), _number(data["baseline"]), tuple(curves))
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise FxPruneError(
                 "this is not a sensitivity scan of fxprune",
@@ -141,6 +143,19 @@ class Sensitivity:
         from fxprune.page import write_sensitivity
 
         write_sensitivity(self, path, drop)
+
+    def to_figure(self, path: str | os.PathLike[str], drop: float = 0.01) -> None:
+        """Draw the curves into a file of matplotlib's, by its suffix: .svg, .png, .pdf."""
+        from fxprune.page import sensitivity_figure
+
+        figure = sensitivity_figure(
+            title=f"{self.model}: each group cut alone",
+            baseline=self.baseline,
+            curves=self.curves,
+            proposals=self.propose(drop),
+            drop=drop,
+        )
+        figure.savefig(path)
 
     def __str__(self) -> str:
         from fxprune.tables import sensitivity_text
@@ -181,9 +196,14 @@ def sensitivity(
     Raises OptionError, TraceError, PlanError as `compile` does.
     """
     check_evaluate(evaluate)
+    check_scope(scope, ignore)
+    if not isinstance(ratios, Sequence) or isinstance(ratios, str):
+        raise OptionTypeError(
+            f"ratios is {ratios!r}", where="ratios", why="it must be a list of shares that go"
+        )
     listed = [check_share("ratio", r, least_ok=False, most_ok=False) for r in ratios]
     asked = list(method) if isinstance(method, list | tuple) else [method]
-    methods = {label_of(m.record): m for m in map(resolve, asked)}
+    methods = _labelled(map(resolve, asked))
     model, _ = unwrap(model)
     inputs, data = find_inputs(model, example_inputs, data)
     analysis = analyze(model, inputs)
@@ -194,7 +214,7 @@ def sensitivity(
         label: protect(analysis, groups, [rank(analysis, g, m, evidence) for g in groups], 1)
         for label, m in methods.items()
     }
-    store = _Cache(cache, analysis, seed)
+    store = _Cache(cache, analysis)
     total = len(methods) * len(groups) * len(listed)
     with _bar(progress, total) as done:
         baseline = score(model, evaluate)
@@ -205,10 +225,18 @@ def sensitivity(
             for i, r in enumerate(ranked[label]):
                 points: list[Point] = []
                 for ratio in listed:
-                    point = store.find(m, r, ratio) or _point(
-                        analysis, cost, m, ranked[label], i, ratio, evaluate, points
+                    (kept,) = by_ratio([r], [ratio], [len(r.group)])
+                    plan, keep = _cut_alone(analysis, cost, m, ranked[label], i, kept)
+                    key = store.key(plan)
+                    known = store.find(key)
+                    if known is None:
+                        known = _score_of(analysis, plan, keep, evaluate)
+                    point = Point(ratio, kept, known)
+                    store.add(
+                        key,
+                        known,
+                        {"method": label, "group": r.group.name, "ratio": ratio, "kept": kept},
                     )
-                    store.add(m, r, point)
                     points.append(point)
                     done(f"{label}, {r.group.name}")
                 curves.append(Curve(r.group.name, len(r.group), label, tuple(points)))
@@ -224,37 +252,39 @@ def label_of(record: dict[str, Any]) -> str:
     return ", ".join([" ".join(words), *more])
 
 
-def _point(
-    analysis: Analysis,
-    cost: Cost,
-    method: Method,
-    ranked: list[Ranked],
-    index: int,
-    ratio: float,
-    evaluate: Evaluate,
-    known: list[Point],
-) -> Point:
-    """The score with one group cut, or a known one where as many channels stay."""
-    r = ranked[index]
-    (kept,) = by_ratio([r], [ratio], [len(r.group)])
-    for point in known:
-        if point.kept == kept:
-            return Point(ratio, kept, point.score)
+def _labelled(methods: Iterable[Method]) -> dict[str, Method]:
+    """Methods by label; functions of one name get a number, configs that rank alike are one."""
+    found: dict[str, Method] = {}
+    for m in methods:
+        label, count = label_of(m.record), 1
+        while m.custom and label in found:
+            count += 1
+            label = f"{label_of(m.record)} {count}"
+        found[label] = m
+    return found
+
+
+def _cut_alone(
+    analysis: Analysis, cost: Cost, method: Method, ranked: list[Ranked], index: int, kept: int
+) -> tuple[Plan, Array]:
+    """The plan in which one group keeps so many channels and the others stay whole."""
     counts = [len(other.order) for other in ranked]
     counts[index] = kept
     keep = keep_mask(analysis, ranked, counts)
-    plan = write_plan(analysis, keep, cost, method=method.record)
+    return write_plan(analysis, keep, cost, method=method.record), keep
+
+
+def _score_of(analysis: Analysis, plan: Plan, keep: Array, evaluate: Evaluate) -> float:
     steps = pipeline.Progress(False)
-    pruned = pipeline.cut(analysis, plan, keep, steps, check=False, notes=[])
-    return Point(ratio, kept, score(pruned, evaluate))
+    return score(pipeline.cut(analysis, plan, keep, steps, check=False, notes=[]), evaluate)
 
 
 class _Cache:
     """Scores on disk, a line each; a line torn by a crash is left out when it is read."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, analysis: Analysis, seed: int) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, analysis: Analysis) -> None:
         self._path = None if path is None else Path(path)
-        weights = f"{analysis.fingerprint['tensors']}:{stamp_of(analysis.traced.model)}:{seed}"
+        weights = f"{analysis.fingerprint}:{stamp_of(analysis.traced.model)}"
         self._of = hashlib.sha256(weights.encode()).hexdigest()[:16]
         self._scores: dict[str, float] = {}
         self._torn = False
@@ -276,28 +306,27 @@ class _Cache:
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
 
-    def _key(self, record: dict[str, Any], group: str, kept: int) -> str:
-        method = {k: v for k, v in record.items() if k not in ("ratio", "preset")}
-        text = json.dumps([self._of, method, group, kept], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+    def key(self, plan: Plan | None) -> str:
+        """Which network a score is of: its channels say it, whatever method chose them."""
+        cut = [] if plan is None else [(s.tensor, s.dim, s.keep) for s in plan.slices]
+        return hashlib.sha256(json.dumps([self._of, cut]).encode()).hexdigest()[:24]
 
-    def find(self, method: Method, r: Ranked, ratio: float) -> Point | None:
+    def find(self, key: str) -> float | None:
         """A score that is known already."""
-        (kept,) = by_ratio([r], [ratio], [len(r.group)])
-        known = self._scores.get(self._key(method.record, r.group.name, kept))
-        return None if known is None else Point(ratio, kept, known)
+        return self._scores.get(key)
 
-    def add(self, method: Method, r: Ranked, point: Point) -> None:
+    def add(self, key: str, value: float, what: dict[str, Any]) -> None:
         """Keep a score, on disk before the next one is measured."""
-        what = {"method": label_of(method.record), "group": r.group.name}
-        numbers = {"ratio": point.ratio, "kept": point.kept}
-        self._write(self._key(method.record, r.group.name, point.kept), point.score, what | numbers)
+        if key not in self._scores and self._path is not None:
+            self._write(key, value, what)
+        self._scores[key] = value
 
     def check_baseline(self, baseline: float) -> None:
         """The whole network must score what it scored when the cache was begun."""
-        key = self._key({}, "", 0)
+        key = self.key(None)
         before = self._scores.get(key)
         same = before is None or before == baseline or math.isclose(before, baseline, rel_tol=1e-4)
+        same = same or not (math.isfinite(before or 0.0) or math.isfinite(baseline))
         if not same:
             raise OptionError(
                 f"the whole network scores {baseline:g}, and {before:g} in the cache",
@@ -305,11 +334,10 @@ class _Cache:
                 why="the cache was made with other data, another number of samples or another measure",
                 fix="pass the same evaluate as then, or another cache file",
             )
-        self._write(key, baseline, {"group": None})
+        self.add(key, baseline, {"group": None})
 
     def _write(self, key: str, value: float, what: dict[str, Any]) -> None:
-        if self._path is None or key in self._scores:
-            return
+        assert self._path is not None
         line = json.dumps({**what, "score": _finite(value), "key": key}, allow_nan=False)
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -323,7 +351,6 @@ class _Cache:
                 fix="free the disk, or pass another cache file; what is in it stays",
             ) from error
         self._torn = False
-        self._scores[key] = value
 
 
 def _finite(value: float) -> float | None:
@@ -336,6 +363,31 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
     return float(value)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _ratio(value: object) -> float:
+    ratio = _number(value)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{value!r} is not a ratio")
+    return ratio
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _listed(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return value
 
 
 @contextmanager

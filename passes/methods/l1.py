@@ -9,7 +9,7 @@ Departs: producers that an addition couples are summed (the paper takes the shor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -106,6 +106,16 @@ class L1:
         check_choice("norm", self.norm, tuple(_NORMS))
         check_choice("scoring", self.scoring, _SCORINGS)
         check_choice("by", self.by, _BY)
+        for option, default in (("scoring", "independent"), ("norm", "l1")):
+            value = getattr(self, option)
+            if value != default and (self.by != "weights" or self.order == "random"):
+                other = "order" if self.order == "random" else "by"
+                raise OptionError(
+                    f"{option} is {value!r}, and {other} is {getattr(self, other)!r}",
+                    where=f"{option}, {other}",
+                    why=f"{option} is about scores that weights give",
+                    fix=f"drop one of them: {option} has no effect there",
+                )
         check_whole("samples", self.samples, least=1)
         check_whole("steps", self.steps, least=1)
 
@@ -124,18 +134,13 @@ class L1:
 def l1_scores(group: Any, weights: Sequence[Tensor], config: L1, evidence: Evidence) -> Tensor:
     """Scores [C], highest stay; weights are the group's producers, each [C, ...]."""
     if config.order == "random":
-        return torch.rand(len(group), generator=evidence.generator(group.name))
+        draws = evidence.generator(group.name)  # wherever torch puts tensors by default
+        return torch.rand(len(group), generator=draws, dtype=torch.float64, device="cpu")
     if config.by == "weights":
         p = _NORMS[config.norm]
-        parts = [torch.linalg.vector_norm(F.flatten(1), ord=p, dim=1) for F in weights]
+        rows = [F.flatten(1).cpu().double() for F in weights]  # squares of 1e-23 are 0 in float32
+        parts = [torch.linalg.vector_norm(row, ord=p, dim=1) for row in rows]
     else:
         parts = [maps[config.by] for maps in evidence.maps(group, config.samples)]
-    s = torch.zeros(len(group))  # s_j, [C]
-    for part in parts:
-        s = s + part
+    s = torch.stack(parts).sum(0)  # s_j, [C] float64
     return s if config.order == "smallest" else -s
-
-
-def preset_names() -> Mapping[str, str]:
-    """Preset -> the network it is made for."""
-    return {name: preset.network for name, preset in PRESETS.items()}
