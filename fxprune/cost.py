@@ -8,6 +8,7 @@ cut is a sum of products of kept counts, so a budget search never runs the model
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import op_name, value_of
+from fxprune.graph import function_name, op_name, value_of
 from fxprune.groups import Analysis, Array
-from fxprune.trace import Traced, batch_size, to_meta
+from fxprune.modes import ModeCall
+from fxprune.trace import Traced, batch_size, to_meta, twin
 
 _PRODUCTS = [
     "matmul",
@@ -46,6 +48,7 @@ _PRODUCTS = [
     "conv_transpose3d",
     "scaled_dot_product_attention",
     "multi_head_attention_forward",
+    "shifted_window_attention",
 ]
 
 
@@ -137,32 +140,53 @@ def retained_parameters(traced: Traced) -> dict[str, nn.Parameter]:
 
 
 def _fixed_macs(analysis: Analysis) -> int:
-    """Matrix products that no rule cuts, counted by torch on meta tensors."""
+    return round(sum(fixed_macs(analysis).values()) / analysis.traced.batch)
+
+
+def fixed_macs(analysis: Analysis) -> dict[str, int]:
+    """Node -> multiply-adds of a whole batch, of the products that no rule cuts.
+
+    They are counted by torch on meta tensors.
+    """
     counted = {term.node for term in analysis.flow.ledger.macs}
-    total = 0
-    for node in analysis.traced.graph.nodes:
-        if node.name not in counted and _may_multiply(analysis.traced, node):
-            total += _count(analysis.traced, node)
-    return round(total / analysis.traced.batch)
+    return {
+        node.name: _count(analysis.traced, node)
+        for node in analysis.traced.graph.nodes
+        if node.name not in counted and may_multiply(analysis.traced, node)
+    }
 
 
-def _may_multiply(traced: Traced, node: Node) -> bool:
+def may_multiply(traced: Traced, node: Node) -> bool:
+    """Whether a node can hold a convolution or matrix product."""
     if node.op == "call_module":
-        return any(p.dim() > 1 for p in traced.module(node).parameters())
+        module = traced.module(node)
+        if isinstance(module, ModeCall):
+            return function_name(module.function) in _PRODUCTS
+        return any(p.dim() > 1 for p in module.parameters())
     return op_name(node) in _PRODUCTS
 
 
 def _count(traced: Traced, node: Node) -> int:
+    """On meta tensors; a layer that looks at values has no meta form, and is run on zeros."""
+    try:
+        return _flops(traced, node, to_meta)
+    except Exception:
+        with torch.random.fork_rng(devices=[]):
+            return _flops(traced, node, _zeros)
+
+
+def _zeros(value: Any) -> Any:
+    return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) else value
+
+
+def _flops(traced: Traced, node: Node, like: Callable[[Any], Any]) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # it looks for triton when imported
 
-    args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
+    args = pytree.tree_map(like, map_arg(node.args, value_of))
+    kwargs = pytree.tree_map(like, map_arg(node.kwargs, value_of))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if node.op == "call_module":
-            module = traced.module(node)
-            state = {
-                k: to_meta(v) for k, v in [*module.named_parameters(), *module.named_buffers()]
-            }
-            torch.func.functional_call(module, state, args, kwargs)
+            twin(traced.module(node), like).forward(*args, **kwargs)
         elif node.op == "call_method":
             getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fxprune.errors import UnsupportedOpError
 from fxprune.groups import Analysis, Array, lineage_of
+from fxprune.layers import after_folding, layer_rows, since_original
 from fxprune.mask import mask
 from fxprune.passes.fold_batchnorm import fold_batchnorm
 from fxprune.passes.slice_channels import slice_channels
@@ -80,7 +81,8 @@ def cut(
     pruned.plan = whole
     lineage = lineage_of(analysis, keep, older.origin.lineage if older else None)
     pruned.origin = Origin(input_specs(traced.example_inputs), lineage, traced.front_end, 0)
-    pruned.report = _report(analysis, plan, whole, keep, verified, notes)
+    former = older.report if older else None
+    pruned.report = _report(analysis, plan, whole, keep, verified, notes, former)
     pruned.report.seconds = progress.seconds
     return pruned
 
@@ -101,19 +103,27 @@ def _left_out(analysis: Analysis, pruned: PrunedModule) -> list[str]:
 
 
 def _report(
-    analysis: Analysis, step: Plan, whole: Plan, keep: Array, verified: str, notes: list[str]
+    analysis: Analysis,
+    step: Plan,
+    whole: Plan,
+    keep: Array,
+    verified: str,
+    notes: list[str],
+    older: Report | None,
 ) -> Report:
     rows = []
+    first = {} if older is None else {row.name: row.before for row in older.groups}
     for group in analysis.groups:
-        classes = analysis.classes(group.producers[0].ids)
+        classes = analysis.classes(group.widest.ids)
         rows.append(
             GroupRow(
                 name=group.name,
-                before=len(classes),
+                before=first.get(group.name, len(classes)),
                 after=int(np.count_nonzero(keep[classes])),
                 members=group.members,
             )
         )
+    layers = layer_rows(analysis, keep)
     return Report(
         model=type(analysis.traced.model).__name__,
         method=str(step.method["name"]),
@@ -124,6 +134,8 @@ def _report(
         frozen=list(step.frozen),
         verified=verified,
         notes=notes,
+        layers=since_original(older.layers, layers) if older else layers,
+        options=dict(step.method),
     )
 
 
@@ -170,6 +182,7 @@ def fold(
     )
     folded.report.folds = len(folded.plan.folds)
     folded.report.metrics = dict(folded.plan.metrics)
+    folded.report.layers = after_folding(folded.report.layers, report.folded, folded)
     if report.skipped and only is None:
         folded.report.notes += [
             f"`{bn}` was not folded: {why}" for bn, why in report.skipped.items()

@@ -242,7 +242,9 @@ def test_a_second_copy_is_refused(name):
     assert f"ImportError: import `fxprune.{name}`, not `{name}`" in done.stderr
 
 
-SKIPPED = re.compile(r"\.git|\.venv.*|.*cache.*|.*\.egg-info|build|dist|demo-out|fxprune-out|\.hypothesis")
+SKIPPED = re.compile(
+    r"\.git|\.venv.*|.*cache.*|.*\.egg-info|build|dist|demo-out|fxprune-out|\.hypothesis"
+)
 MACHINE = re.compile(r"(?<![\w.~-])/(?:home|root|work|Users|mnt|opt)/\w")
 
 

@@ -1,10 +1,9 @@
-"""The report: data that survives, text without surprises, one page that needs nothing else."""
+"""The report: data that survives copies and JSON, and text without surprises."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import html.parser
 import io
 import json
 import math
@@ -13,63 +12,19 @@ import re
 import sys
 
 import pytest
+from reports import NASTY, long, mobile, sample, scan, small
 from rich.cells import cell_len
 from rich.console import Console
 
-import fxprune
 from fxprune.errors import FxPruneError
 from fxprune.plan import Note
-from fxprune.report import AnalysisRow, GroupRow, Report, TimingRow, analysis_text
-
-NASTY = "<script>alert(1)</script>[red]&$x$\x1b[31m"
-
-
-def _report(**changes):
-    values = {
-        "model": "CifarResNet",
-        "method": "l1",
-        "front_end": "torch.fx",
-        "asked": {"macs": 0.5},
-        "metrics": {
-            "macs_before": 125_485_696,
-            "macs_after": 62_701_234,
-            "params_before": 853_018,
-            "params_after": 431_210,
-        },
-        "groups": [
-            GroupRow("layer1.0.conv1", 16, 5, ("layer1.0.conv1.weight", "layer1.0.bn1.weight")),
-            GroupRow("conv1", 16, 16, ("conv1.weight",)),
-        ],
-        "frozen": [
-            Note("linear", "an output"),
-            *(Note(f"view_{i}", "unknown size") for i in range(9)),
-        ],
-        "folds": 2,
-        "verified": "max relative difference 3.1e-16 (bound 1e-9)",
-        "notes": ["branch aux was dropped"],
-        "stages": {"before": 0.98, "after the cut": 0.31, "fine-tuned": 0.97},
-        "timings": [
-            TimingRow("original", 64, 20.0, 19.0, 22.0),
-            TimingRow("pruned", 64, 10.0, 9.5, 10.5),
-        ],
-        "seconds": {"trace": 0.21, "verify": 0.1},
-    }
-    return Report(**{**values, **changes})
-
-
-def _small():
-    return Report(model="M", method="l1", front_end="torch.fx", metrics={})
-
-
-def _page(report, tmp_path):
-    report.to_html(tmp_path / "page.html")
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
-
+from fxprune.report import AnalysisRow, Curve, GroupRow, LayerRow, Point, Report, TimingRow, blocks
+from fxprune.tables import analysis_text, sensitivity_text
 
 # ---- data
 
 
-@pytest.mark.parametrize("make", [_report, _small])
+@pytest.mark.parametrize("make", [sample, small])
 def test_survives_copies_pickle_and_json(make):
     report = make()
     for twin in (
@@ -84,7 +39,7 @@ def test_survives_copies_pickle_and_json(make):
 
 
 def test_json_holds_everything():
-    report = _report()
+    report = sample()
     data = json.loads(report.to_json())
     assert set(data) == {"schema_version", *(f.name for f in dataclasses.fields(Report))}
     assert data["metrics"]["params_after"] == 431_210
@@ -93,7 +48,7 @@ def test_json_holds_everything():
 
 
 def test_json_is_strict_about_numbers():
-    report = _report(stages={"before": math.nan, "after": math.inf})
+    report = sample(stages={"before": math.nan, "after": math.inf})
     data = json.loads(report.to_json(), parse_constant=pytest.fail)
     assert data["stages"] == {"before": None, "after": None}
     assert math.isnan(Report.from_json(report.to_json()).stages["before"])
@@ -105,19 +60,88 @@ def test_from_json_refuses(text):
         Report.from_json(text)
 
 
+OLD = (  # what version 0.1.0 wrote before it knew layers and options
+    '{"schema_version": 1, "model": "Net", "method": "l1", "front_end": "fx", "asked": {"macs": 0.5},'
+    ' "metrics": {"macs_before": 29400, "macs_after": 13512, "params_before": 706, "params_after": 304},'
+    ' "groups": [{"name": "a", "before": 8, "after": 5, "members": ["a.weight", "a.bias"]},'
+    ' {"name": "b", "before": 6, "after": 3, "members": ["b.weight", "b.bias"]}],'
+    ' "frozen": [{"node": "output", "why": "outputs of the model keep their channels"}], "folds": 0,'
+    ' "verified": "max relative difference 0 (bound 1e-09)", "notes": [],'
+    ' "stages": {"before": 0.5, "after the cut": 0.25},'
+    ' "timings": [{"name": "original", "batch": 64, "median_ms": 20.0, "p20_ms": 19.0, "p80_ms": null}],'
+    ' "seconds": {"analyse": 0.01}, "environment": ""}'
+)
+
+
+def test_old_documents_are_read(tmp_path):
+    report = Report.from_json(OLD)
+    assert report.groups[1] == GroupRow("b", 6, 3, ("b.weight", "b.bias"))
+    assert report.asked == {"macs": 0.5}
+    assert math.isnan(report.timings[0].p80_ms)
+    assert (report.layers, report.options, report.how) == ([], {}, "l1")
+    assert "2 of 2 groups cut" in repr(report)
+    report.to_html(tmp_path / "page.html")
+    again = json.loads(report.to_json())
+    assert {k: v for k, v in again.items() if k not in ("layers", "options")} == json.loads(OLD)
+
+
+def test_options_are_plain_data_of_their_own():
+    ratios = {"layer1.*": 0.3}
+    report = sample(options={"name": "l1", "ratio": ratios, "deep": ((1, 2), math.inf)})
+    assert report.options == {"name": "l1", "ratio": {"layer1.*": 0.3}, "deep": [[1, 2], None]}
+    ratios["x"] = 1.0
+    assert report.options["ratio"] == {"layer1.*": 0.3}
+    assert Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("model", 3, "model is int, not str"),
+        ("notes", "text", "notes is str, not list"),
+        ("notes", [3], "notes is int, not str"),
+        ("folds", "2", "folds is str, not int"),
+        ("options", [], "options is list, not dict"),
+        ("layers", [3], r"layers\[0\] is int, not dict"),
+        ("layers", [{"name": "x"}], "missing 7 required positional arguments"),
+        ("groups", [{"name": "x", "before": "8"}], r"groups\[0\].before is str, not int"),
+        ("groups", [{"name": "x", "members": [1]}], r"groups\[0\].members is int, not str"),
+        ("frozen", [{"node": None}], r"frozen\[0\].node is NoneType, not str"),
+        ("timings", [{"batch": True}], r"timings\[0\].batch is bool, not int"),
+        ("timings", [{"p20_ms": "fast"}], r"timings\[0\].p20_ms is str, not a number"),
+        ("metrics", {"macs_before": 1.5}, "metrics.macs_before is float, not int"),
+        ("stages", {"before": [1]}, "stages.before is list, not a number"),
+        ("asked", 0.5, "asked is float, not dict"),
+        ("unheard_of", 1, "unheard_of"),
+    ],
+)
+def test_from_json_says_which_entry_is_wrong(place, value, said):
+    data = {**json.loads(sample().to_json()), place: value}
+    with pytest.raises(FxPruneError, match=said):
+        Report.from_json(json.dumps(data))
+
+
+def test_from_json_survives_any_text():
+    for text in ("[" * 100_000, b"\xff\xfe", '{"schema_version": 1' + " " * 9 + ', "a": ' * 50):
+        with pytest.raises(FxPruneError, match="not a report of fxprune"):
+            Report.from_json(text)
+
+
 # ---- text
 
 
 def test_text_tells_the_story(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    text = repr(_report())
+    text = repr(sample())
     for part in (
-        "CifarResNet pruned by l1, traced with torch.fx, 2 batch norms folded",
+        "CifarResNet pruned by L1, smallest first, preset ResNet-56-A, traced with torch.fx, 2 batch norms",
         "125 M",
         "62.7 M",
         "50.0 %",
         "at most 50.0 %",
         "1 of 2 groups cut",
+        "MACs by layer",
+        "31.2 %",
         "layer1.0.conv1",
         "linear: an output",
         "view_0, view_1, view_2 and 6 more: unknown size",
@@ -130,18 +154,18 @@ def test_text_tells_the_story(monkeypatch):
     ):
         assert part in text, part
     assert "\x1b" not in text
-    assert str(_report()) == text
+    assert str(sample()) == text
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_text_of_a_bare_report():
-    text = repr(_small())
+def test_text_of_a_baresample():
+    text = repr(small())
     assert "M pruned by l1" in text
     assert "Not verified" in text
 
 
 def test_names_are_not_markup_and_do_not_move_the_cursor():
-    report = _report(
+    report = sample(
         model=NASTY,
         groups=[GroupRow(NASTY, 4, 2, (NASTY,))],
         frozen=[Note(NASTY, NASTY)],
@@ -161,43 +185,26 @@ def test_names_are_not_markup_and_do_not_move_the_cursor():
     assert "\x1b[31m" not in coloured.getvalue()
 
 
-def test_many_groups_are_collapsed_in_text_but_not_in_the_page(tmp_path):
+def test_many_groups_are_collapsed():
     groups = [GroupRow(f"layer{i}.conv", 16, 8, ()) for i in range(100)]
-    text = repr(_report(groups=groups))
+    text = repr(sample(groups=groups))
     assert "(78 more groups, 624 channels cut)" in text
     assert "layer0.conv" in text
     assert "layer99.conv" in text
     assert "layer50.conv" not in text
-    page = _page(_report(groups=groups), tmp_path)
-    assert "<code>layer99.conv</code>" in page
-    assert "20 more groups stand in the table" in page
 
 
 WIDTHS = [60, 80, 100, 120]
 
 
-def _mobile():
-    """Groups with names as long as those of MobileNet, and with as many members."""
-    return [
-        GroupRow(
-            f"features.{i}.block.{j}.{'fc1' if j == 2 else 0}",
-            1280,
-            640 + i,
-            tuple(f"features.{i + k}.block.{j}.{k}.weight" for k in range(9)),
-        )
-        for i in range(10, 16)
-        for j in range(3)
-    ]
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_group_is_one_line(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    lines = repr(_report(groups=_mobile())).splitlines()
+    lines = repr(sample(groups=mobile())).splitlines()
     assert max(map(len, lines)) <= width
     start = lines.index("Channels by group: 18 of 18 groups cut")
     assert lines[start + 1].split() == ["group", "before", "after", *["spans"] * (width >= 90)]
-    for group, line in zip(_mobile(), lines[start + 3 :], strict=False):
+    for group, line in zip(mobile(), lines[start + 3 :], strict=False):
         assert line.split()[:3] == [group.name, "1280", str(group.after)]
         assert line.split()[3] == "████████░░░░░░░░"
         assert ("and" in line and "more" in line) == (width >= 90)
@@ -209,7 +216,7 @@ def test_a_group_is_one_line(width, monkeypatch):
 def test_a_very_long_name_loses_its_middle(name, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     groups = [GroupRow(name, 16, 7, (f"{name}x.weight",)), GroupRow("short", 16, 8, ())]
-    lines = repr(_report(groups=groups)).splitlines()
+    lines = repr(sample(groups=groups)).splitlines()
     (line,) = (line for line in lines if line.startswith(name[:10]))
     shown, before, after, *_ = line.split()
     assert (before, after) == ("16", "7")
@@ -221,9 +228,7 @@ def test_a_very_long_name_loses_its_middle(name, width, monkeypatch):
 def test_names_go_before_the_bar(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     name = "features.denseblock3.denselayer12.norm1.x"
-    (line,) = (
-        x for x in repr(_report(groups=[GroupRow(name, 9, 3, ())])).splitlines() if name in x
-    )
+    (line,) = (x for x in repr(sample(groups=[GroupRow(name, 9, 3, ())])).splitlines() if name in x)
     assert line.split() == [name, "9", "3"]
 
 
@@ -231,28 +236,25 @@ def test_names_go_before_the_bar(monkeypatch):
 def test_the_line_of_left_out_groups_is_one_line(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     groups = [GroupRow(f"c{i}", 16, 8, ()) for i in range(100)]
-    lines = repr(_report(groups=groups)).splitlines()
+    lines = repr(sample(groups=groups)).splitlines()
     at = lines.index("(78 more groups, 624 channels cut)")
     assert lines[at - 1].split()[0] == "c15"
     assert lines[at + 1].split()[0] == "c94"
     assert lines[at - 1].index("16") == lines[at + 1].index("16")
 
 
-def test_nodes_told_together_are_told_apart(tmp_path, monkeypatch):
+def test_nodes_told_together_are_told_apart(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     names = [f"layer{i}.conv2" for i in range(30)]
-    report = _report(frozen=[Note(", ".join(names), 'left out by scope="free"')])
+    report = sample(frozen=[Note(", ".join(names), 'left out by scope="free"')])
     text = repr(report)
     assert 'layer0.conv2, layer1.conv2, layer2.conv2 and 27 more: left out by scope="free"' in text
-    page = _page(report, tmp_path)
-    for name in names:
-        assert f"<code>{name}</code>" in page
     assert Report.from_json(report.to_json()) == report
 
 
 def test_numbers_of_a_column_have_the_same_digits(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    report = _report(
+    report = sample(
         timings=[
             TimingRow("original", 1, 1.3, 1.29, 1.3),
             TimingRow("pruned", 1, 0.5, 0.5, 0.52),
@@ -268,14 +270,55 @@ def test_numbers_of_a_column_have_the_same_digits(monkeypatch):
     assert re.search(r"^after +12\.35$", text, re.MULTILINE)
 
 
-def test_environment_is_told_and_may_be_missing(tmp_path):
-    report = _report(environment="1 thread of <CPU>, float32")
+def test_environment_is_told_and_may_be_missing():
+    report = sample(environment="1 thread of <CPU>, float32")
     assert "measured on 1 thread of <CPU>, float32" in repr(report)
-    assert "Measured on 1 thread of &lt;CPU&gt;, float32." in _page(report, tmp_path)
     data = json.loads(report.to_json())
     del data["environment"]
     assert Report.from_json(json.dumps(data)).environment == ""
-    assert "easured on" not in repr(_report()) + _page(_report(), tmp_path)
+    assert "easured on" not in repr(sample())
+
+
+def test_multiply_adds_are_told_by_layer_of_few_and_by_part_of_many(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = repr(sample()).splitlines()
+    start = lines.index("MACs by layer")
+    told = [line.split() for line in lines[start + 3 : start + 8]]
+    assert [words[0] for words in told] == ["conv1", "layer1.0.conv1", "layer1.0.conv2", "matmul", "linear"]  # fmt: skip
+    assert told[1][1:7] == ["2.36", "M", "737", "k", "31.2", "%"]
+    assert told[1][7] == "██████████" + "░" * 22  # a third of the widest
+    lines = repr(long()).splitlines()
+    start = lines.index("MACs by part of the network")
+    assert lines[start + 3].split()[0] == "features.denseblock1"
+    assert lines[start + 11].split()[0] == "classifier"
+    assert lines[start + 12] == ""
+    assert len(lines) < 120
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_parts_of_the_network_fit_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [LayerRow(f"{'x' * 70}{i}", "conv", 4, 2, 10**i, 10**i // 2, 9, 9) for i in range(1, 40)]
+    for layers in (rows, rows[:5], sample().layers, [rows[0]]):
+        lines = repr(sample(layers=layers)).splitlines()
+        assert max(map(cell_len, lines)) <= width
+    many = repr(sample(layers=rows))
+    assert "(17 more layers)" in many
+    assert "MACs by layer" in many
+
+
+def test_blocks_are_as_many_as_one_can_survey():
+    def parts(names):
+        return [b.name for b in blocks([LayerRow(n, "conv", 1, 1, 1, 1, 1, 1) for n in names])]
+
+    resnet = ["conv1", *(f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2))]
+    assert parts(resnet) == ["conv1", "layer1", "layer2"]
+    dense = [f"features.block{i}.layer{j}" for i in (1, 2) for j in range(9)]
+    assert parts(dense) == ["features.block1", "features.block2"]
+    flat = [f"features.{i}" for i in range(90)]
+    assert parts(flat) == ["features"]  # 90 parts would be no overview
+    assert parts([]) == []
+    assert parts(["", ".", "..", "a"]) == ["", ".", "a"]
 
 
 # ---- analysis
@@ -284,7 +327,7 @@ def test_environment_is_told_and_may_be_missing(tmp_path):
 def _rows():
     return [
         AnalysisRow(g.name, g.before, g.after, i % 2 == 0, g.members)
-        for i, g in enumerate(_mobile())
+        for i, g in enumerate(mobile())
     ]
 
 
@@ -324,134 +367,64 @@ def test_an_analysis_of_little(monkeypatch):
 def test_text_for_a_stream_without_unicode(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    text = repr(_report(notes=["größer"]))
+    text = repr(sample(notes=["größer"]))
     assert text.isascii()
     assert "#####" in text
     print(text)
 
 
-# ---- page
+# ---- a scan of sensitivity
 
 
-class _Parser(html.parser.HTMLParser):
-    """Collects tags, text and attributes; checks that tags close in order."""
-
-    VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.open, self.text, self.values = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.values += [(tag, key, value) for key, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.values += [(tag, key, value) for key, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_scan_has_one_line_per_group(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    seen = scan()
+    text = sensitivity_text(seen)
+    lines = text.splitlines()
+    assert max(map(cell_len, lines)) <= width
+    assert lines[0] == "CifarResNet scores 93.00 %; each group cut alone"
+    start = lines.index("What may go by l1 smallest, at a drop of 1 point")
+    there = ["score", "there"] * (width > 60)  # names go before it
+    assert lines[start + 1].split() == ["group", "channels", "scores", "removed", *there]
+    proposals = seen.propose()
+    firsts = [c for c in seen.curves if c.method == "l1 smallest"]
+    for curve, line in zip(firsts, lines[start + 3 :], strict=False):
+        words = line.split()
+        assert words[:2] == [curve.name, "64"]
+        assert len(words[2]) == len(curve.points)
+        assert words[3:5] == [f"{100 * proposals[curve.name]:.0f}", "%"]
+    assert lines[start + 3 + len(firsts)] == ""
+    means = [line for line in lines if line.startswith(("l1 smallest", "l1 random", "l1 largest"))]
+    last = [float(line.split()[-2]) for line in means]
+    assert last == sorted(last, reverse=True)  # smallest first does the least harm
 
 
-@pytest.mark.parametrize("make", [_report, _small])
-def test_page_is_whole_and_needs_nothing_else(make, tmp_path):
-    page = _page(make(), tmp_path)
-    parser = _Parser()
-    parser.feed(page)
-    assert parser.open == []
-    assert not {"script", "link", "img", "iframe", "object", "image"} & set(parser.tags)
-    assert not re.search(r"(https?:)?//[a-z]", page)
-    assert "@import" not in page
-    for _, key, value in parser.values:
-        assert key not in ("src", "srcset", "onload", "onclick")
-        if key == "href":
-            assert value.startswith("#")
-    for target in re.findall(r"url\(([^)]*)\)", page):
-        assert target.startswith("#")
-    ids = [value for _, key, value in parser.values if key == "id"]
-    assert len(ids) == len(set(ids))
-    hrefs = {value[1:] for _, key, value in parser.values if key == "href"}
-    assert hrefs | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
-    assert "prefers-color-scheme: dark" in page
-    assert "#010101" not in page  # every stand-in became a colour of the page
+def test_scans_of_little(monkeypatch):
+    assert "No group could be cut." in sensitivity_text(scan(methods=()))
+    odd = scan([NASTY], methods=(NASTY,), worst=math.nan)
+    text = sensitivity_text(odd)
+    assert "\x1b" not in text
+    assert "?????????" in text
+    assert "[red]" in text
+    losses = scan(worst=8.0, top=-2.0, methods=("a",))  # a score that is no accuracy
+    assert "at a drop of 0.01" in sensitivity_text(losses)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert sensitivity_text(scan(["größe" * 30])).isascii()
 
 
-def test_page_shows_the_plots_that_have_data(tmp_path):
-    page = _page(_report(), tmp_path)
-    assert page.count("<svg") == 3
-    assert "31.00 %" in page
-    assert "2.00x" in page
-    assert "10.0 ms (2.00x as fast)" in page
-    assert "<svg" not in _page(_small(), tmp_path)
-    odd = _report(stages={"a": -3.0, "b": math.nan}, groups=[GroupRow("g", 1, 1, ())])
-    assert "-3" in _page(odd, tmp_path)
+def test_a_group_that_bears_nothing_says_so():
+    curve = Curve("fc", 8, "l1", (Point(0.5, 4, 0.1),))
+    (line,) = (x for x in sensitivity_text(_Scan((curve,))).splitlines() if x.startswith("fc"))
+    assert line.split()[-1] == "-"
 
 
-def test_page_escapes_names(tmp_path):
-    report = _report(
-        model=NASTY,
-        method=NASTY,
-        groups=[GroupRow(NASTY, 4, 2, (NASTY,))],
-        frozen=[Note(NASTY, NASTY)] * 8,
-        notes=[NASTY],
-        stages={NASTY: 0.5, "b" + NASTY: 0.6},
-        timings=[TimingRow(NASTY, 1, 1.0, 1.0, 1.0)],
-        verified=NASTY,
-        seconds={NASTY: 1.0},
-    )
-    page = _page(report, tmp_path)
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    parser = _Parser()
-    parser.feed(page)
-    assert parser.open == []
-    assert "script" not in parser.tags
+class _Scan:
+    model, baseline = "M", 0.9
 
+    def __init__(self, curves):
+        self.curves = curves
 
-def test_the_page_says_what_and_with_what(tmp_path):
-    import torch
-
-    page = _page(_report(), tmp_path)
-    assert "<title>CifarResNet pruned by l1 - fxprune</title>" in page
-    footer = page[page.index("<footer") :]
-    assert f"fxprune {fxprune.__version__}, torch {torch.__version__}" in footer
-    assert '<td class="name"><code>layer1.0.conv1</code></td>' in page
-
-
-def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
-    page = _page(_report(groups=[GroupRow("a$b$c", 4, 2, ())]), tmp_path)
-    assert ">a$b$c</text>" in page
-
-
-def test_same_report_same_page(tmp_path):
-    assert _page(_report(), tmp_path) == _page(_report(), tmp_path)
-
-
-def test_page_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    _report().to_html(str(path))
-    before = path.read_bytes()
-
-    def fail(report):
-        raise RuntimeError("mine")
-
-    monkeypatch.setattr("fxprune.report._draw_stages", fail)
-    with pytest.raises(RuntimeError, match="mine"):
-        _report(model="Other").to_html(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_users_plot_settings_are_left_alone(tmp_path):
-    import matplotlib
-
-    with matplotlib.rc_context({"axes.linewidth": 33.0}):
-        styled = _page(_report(), tmp_path)
-        assert matplotlib.rcParams["axes.linewidth"] == 33.0
-    assert styled == _page(_report(), tmp_path)
+    def propose(self, drop=0.01):
+        return {}
