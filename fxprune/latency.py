@@ -1,4 +1,4 @@
-"""How long calls take, measured side by side in one process.
+"""How long calls and networks take, measured side by side in one process.
 
 Promise: the candidates take turns, in an order that rotates from round to round, so that a
 machine that slows down slows all of them; one sample repeats its call until `min_seconds` have
@@ -8,16 +8,21 @@ Says nothing about: what a call does with gradients, threads or memory. Set thos
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from fxprune.errors import OptionError
+from fxprune.errors import OptionError, OptionTypeError
+from fxprune.report import TimingRow
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,121 @@ def latency(
         if collecting:
             gc.enable()
     return {name: _timing(samples[name], repeats[name]) for name in order}
+
+
+def compare(
+    networks: Mapping[str, nn.Module],
+    example: Tensor,
+    *,
+    batches: Sequence[int] = (1, 64),
+    rounds: int = 25,
+    min_seconds: float = 0.02,
+    seconds: float = math.inf,
+) -> list[TimingRow]:
+    """Milliseconds per call of each network at each batch size, in turns, in eval mode.
+
+    networks: name -> network that takes one tensor; all on the device of the first one's weights.
+    example: [N, ...], of whose shape and dtype the measured inputs are: noise, or zeros for integers.
+    batches: sizes of the first axis. rounds, min_seconds: as in `latency`.
+    seconds: about how long to measure per batch size; slow networks get fewer rounds, 3 at least.
+    The rows are sorted by batch size, and within one they stand in the order of `networks`. Modes
+    are as before afterwards. OptionError or OptionTypeError for a batch size below 1.
+    """
+    for batch in batches:
+        if isinstance(batch, bool) or not isinstance(batch, int):
+            raise OptionTypeError(
+                f"a batch size is {batch!r}", where="batches", why="it must be a whole number"
+            )
+        if batch < 1:
+            raise OptionError(
+                f"a batch size is {batch}", where="batches", why="it must be at least 1"
+            )
+    modes = [(m, m.training) for network in networks.values() for m in network.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        rows = []
+        with torch.inference_mode():
+            for batch in sorted(set(batches)):
+                calls = _calls(networks, _noise(example, batch))
+                fitting = _fitting(calls, rounds, seconds)
+                timings = latency(calls, rounds=fitting, warmup=2, min_seconds=min_seconds)
+                for name, t in timings.items():
+                    rows.append(TimingRow(name, batch, 1e3 * t.median, 1e3 * t.p20, 1e3 * t.p80))
+        return rows
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def environment(network: nn.Module) -> str:
+    """What a network is measured on, in words: threads and processor, or GPU; dtype; torch."""
+    first = next(network.parameters(), torch.zeros(()))
+    dtype = str(first.dtype).removeprefix("torch.")
+    if first.device.type == "cuda":
+        on = torch.cuda.get_device_name(first.device)
+    else:
+        threads = torch.get_num_threads()
+        on = f"{threads} thread{'s' * (threads > 1)} of {_processor()}"
+    return f"{on}, {dtype}, torch {torch.__version__}"
+
+
+def remarks(rows: Sequence[TimingRow], macs_before: int, macs_after: int) -> list[str]:
+    """A sentence per batch size at which the last network does not use its fewer MACs.
+
+    rows: as `compare` gives them. Says nothing where MACs fell by less than 5 %, or where the time
+    fell by at least 5 %.
+    """
+    if not macs_before or macs_after > 0.95 * macs_before:
+        return []
+    by_batch: dict[int, list[TimingRow]] = {}
+    for row in rows:
+        by_batch.setdefault(row.batch, []).append(row)
+    remain = f"{100 * macs_after / macs_before:.1f} % of the MACs remain"
+    return [
+        f"{remain}, but at batch {batch} the pruned network is only "
+        f"{group[0].median_ms / group[-1].median_ms:.2f}x as fast: layers this small cost more than "
+        "their arithmetic, and odd widths fill no vector register; align=8, larger batches or "
+        "fold=True help"
+        for batch, group in by_batch.items()
+        if len(group) > 1 and group[-1].median_ms > 0.95 * group[0].median_ms
+    ]
+
+
+def _calls(networks: Mapping[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+    parameters = (p for network in networks.values() for p in network.parameters())
+    x = x.to(next(parameters, x).device)
+    return {name: _call(network, x) for name, network in networks.items()}
+
+
+def _call(network: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: network(x)
+
+
+def _noise(example: Tensor, batch: int) -> Tensor:
+    shape = (batch, *example.shape[1:])
+    if not example.is_floating_point():
+        return torch.zeros(shape, dtype=example.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
+
+
+def _fitting(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float) -> int:
+    """As many rounds as take about so many seconds."""
+    if seconds == math.inf:
+        return rounds
+    for call in calls.values():
+        call()
+    one = sum(_seconds(call, 1) for call in calls.values())
+    return max(3, min(rounds, int(seconds / max(one, 1e-9))))
+
+
+def _processor() -> str:
+    """The name of the CPU, or at least its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "an unknown CPU"
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:

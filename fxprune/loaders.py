@@ -33,7 +33,7 @@ class Loaders:
     train, test, plain: yield [input float32 [N, C, H, W], target int64 [N]]. `train` shuffles
         anew, and augments if asked to, every epoch; `test` keeps its order; `plain` holds the
         training images without augmentation in one shuffled order, the same at every pass: for
-        calibration, and for rankings by data.
+        rankings by data. (Batch norms are measured anew on `train`: on what they have learnt from.)
     classes: targets are 0 ... classes - 1. shape: (C, H, W) of an input.
     mean, std: per channel, of pixels scaled to 0..1; inputs are (pixel - mean) / std.
     """

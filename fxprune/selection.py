@@ -199,22 +199,22 @@ def select(
     cost = Cost.of(analysis)
     price: dict[str, Callable[[Array], int]] = {"macs": cost.macs, "params": cost.params}
 
-    ratios = None
+    ratios: list[float] = []
+    limits: dict[str, int] = {}
     if budget is None and method.shares is not None:
         ratios = [step.part(ratio) for ratio in ratios_of(analysis, groups, method.shares)]
         if not any(ratios) and not isinstance(method.shares, int | float):
             raise _nothing_of(method.shares, scope, ignore)
+    else:
+        budget = budget or Budget(macs=0.5)
+        for name, share in budget.to_dict().items():
+            total = step.costs.get(name, price[name](analysis.everything()))
+            limits[name] = int((1 - step.part(1 - share)) * total + 1e-6)
 
     def counts_of(ranked: list[Ranked]) -> list[int]:
-        if ratios is not None:
-            widths = [step.widths.get(g.name, len(g)) for g in groups]
-            return by_ratio(ranked, ratios, widths)
-        whole = analysis.everything()
-        limits = {}
-        for name, share in (budget or Budget(macs=0.5)).to_dict().items():
-            total = step.costs.get(name, price[name](whole))
-            limits[name] = int((1 - step.part(1 - share)) * total + 1e-6)
-        return by_budget(analysis, ranked, limits, price)
+        if limits:
+            return by_budget(analysis, ranked, limits, price)
+        return by_ratio(ranked, ratios, [step.widths.get(g.name, len(g)) for g in groups])
 
     orders = [rank(analysis, g, method, evidence) for g in groups]
     ranked = protect(analysis, groups, orders, align)
