@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
-import subprocess
 import sys
 import time
 import warnings
@@ -33,6 +31,7 @@ import torch
 import torchvision
 from table import ROOT, number, ratio, slope, write
 from torch import Tensor, nn
+from where import here
 
 import fxprune
 
@@ -196,26 +195,6 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown CPU"
-    return next((row.partition(":")[2].strip() for row in lines if row.startswith("model name")), "unknown CPU")  # fmt: skip
-
-
-def commit() -> str:
-    """The short hash, with a mark where the package differs from it."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "fxprune", "passes", "kernels")
-    return (git("rev-parse", "--short", "--verify", "HEAD") or "none") + ("+" if changed else "")
-
-
 def verdict(bench: str, case: str, ours: float, rival: float) -> tuple[bool, str]:
     """Whether the bar is met, and the sentence that says so; milliseconds."""
     if case == "densenet201":
@@ -248,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = [(b, c) for b, c in jobs if b in benches and (b == "chain" or c in cases)]
 
     where = {
-        "unit": "ms", "dtype": "float32", "threads": "1", "device": processor(),
-        "torch": torch.__version__, "commit": commit(), "date": datetime.date.today().isoformat(),
+        "unit": "ms", "dtype": "float32", **here(torch.device("cpu"), 1),
     }  # fmt: skip
     lines, all_met = [], True
     points: dict[str, list[tuple[float, float]]] = {}

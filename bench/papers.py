@@ -115,7 +115,7 @@ def sensitivity(network: str, weights: Path, out: Path, samples: int, more: Sequ
     from fxprune import Sensitivity
 
     found = Sensitivity.from_json(json.dumps(scan))
-    found.to_svg(RESULTS / "papers" / f"sensitivity-{network}.svg")
+    found.to_figure(RESULTS / "papers" / f"sensitivity-{network}.svg")
 
 
 def keep(name: str, record: dict[str, Any]) -> None:
