@@ -1,15 +1,23 @@
-"""What cannot be traced, said before anything is tried."""
+"""What cannot be traced, said before anything is tried.
+
+Promises: returns what of the model a graph does not hold (hooks of layers, which stay and freeze them;
+          hooks of tensors and of state_dict, which stay behind and are named).
+Refuses:  replaced forwards, hooks that would never run again, names that cannot be kept, wrappers
+          inside the model, sharded tensors, lazy tensors, inputs that do not bind.
+"""
 
 from __future__ import annotations
 
 import inspect
 import keyword
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune.errors import OptionError, TraceError
+from fxprune.errors import OptionError, TraceError, UnsupportedOpError
 from fxprune.graph import HOOKS
 from fxprune.symbolic import FxTracer
 
@@ -19,11 +27,80 @@ _OF_A_GRAPH_MODULE = (set(dir(GraphModule)) - set(dir(nn.Module))) | {
 }  # fmt: skip
 
 
-def admit(model: nn.Module, example_inputs: tuple[Any, ...]) -> frozenset[str]:
-    """Refuse what tracing would get wrong or lose; returns the names of layers that have hooks."""
+@dataclass(frozen=True)
+class Admitted:
+    """hooked: names of layers that have hooks. notes: what of the model stays behind."""
+
+    hooked: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def admit(model: nn.Module, example_inputs: tuple[Any, ...]) -> Admitted:
+    """Refuse what tracing would get wrong or lose; returns what is to be said of the rest."""
+    for name, module in model.named_modules():
+        refuse_sharded(module, name)
+        if name:
+            _refuse_wrapper(module, name)
+    _refuse_exported(model)
     _check_inputs(model, example_inputs)
     _check_modules(model)
     return _check_hooks(model)
+
+
+def refuse_sharded(module: nn.Module, name: str = "") -> None:
+    """UnsupportedOpError for a module whose parameters are spread over ranks."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise UnsupportedOpError(
+            f"`{name}` is sharded by FSDP" if name else "the model is sharded by FSDP",
+            where=f"module {name}" if name else type(module).__name__,
+            why="its parameters are spread over ranks",
+            fix="prune first, then shard",
+        )
+    for own, t in [*module._parameters.items(), *module._buffers.items()]:
+        if t is not None and hasattr(t, "full_tensor"):
+            path = f"{name}.{own}" if name else own
+            raise UnsupportedOpError(
+                f"`{path}` is sharded (a {type(t.data).__name__})",
+                where=f"tensor {path}",
+                why="it is spread over ranks, each of which holds a part",
+                fix="prune first, then shard; or gather it: nn.Parameter(t.full_tensor())",
+            )
+
+
+def _refuse_wrapper(module: nn.Module, name: str) -> None:
+    """Wrappers inside a model hide what is in them; around it, `unwrap` has taken them off."""
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(
+            f"`{name}` is a TorchScript module",
+            where=f"module {name}",
+            why="scripted code cannot be traced",
+            fix="put the Python module in its place that it was scripted from",
+        )
+    if kind in ("DataParallel", "DistributedDataParallel"):
+        own = "module"
+    elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        own = "_orig_mod"
+    else:
+        return
+    raise UnsupportedOpError(
+        f"`{name}` is wrapped by {'torch.compile' if own == '_orig_mod' else kind}",
+        where=f"module {name}",
+        why="a graph would hold the wrapper as one opaque layer",
+        fix=f"take it off before (model.set_submodule('{name}', model.get_submodule('{name}.{own}'))), "
+        "and wrap the pruned network",
+    )
+
+
+def _refuse_exported(model: nn.Module) -> None:
+    if isinstance(model, GraphModule) and "_guards_fn" in model._modules:
+        raise TraceError(
+            "the model comes from torch.export",
+            where=type(model).__name__,
+            why="its graph holds single operations of aten, with guards on the sizes of its example",
+            fix="compile the Python model it was exported from",
+        )
 
 
 def _check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
@@ -100,11 +177,12 @@ def _writable(part: str) -> bool:
     return part.isprintable() and '"' not in part and "\\" not in part
 
 
-def _check_hooks(model: nn.Module) -> frozenset[str]:
-    """Hooks on modules that tracing dissolves would be lost: refuse. Names leaves that have hooks."""
+def _check_hooks(model: nn.Module) -> Admitted:
+    """Hooks on modules that tracing dissolves would never run: refuse. Others are named."""
     tracer = FxTracer()
     lost: list[str] = []
     kept: list[str] = []
+    saving: list[str] = []
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         name, module = stack.pop()
@@ -112,8 +190,10 @@ def _check_hooks(model: nn.Module) -> frozenset[str]:
         if any(getattr(module, hooks) for hooks in HOOKS):
             (kept if leaf else lost).append(name or type(model).__name__)
         if not leaf:
+            if any(vars(module).get(hooks) for hooks in _SAVING):
+                saving.append(name or type(model).__name__)
             stack.extend((f"{name}.{k}".lstrip("."), m) for k, m in module.named_children())
-    if lost:  # guard: lost hooks -> tests/test_bad_input.py -k hook
+    if lost:  # guard: lost hooks -> tests/bad_input/test_hooks.py
         raise TraceError(
             f"the model has hooks that tracing would lose, on {', '.join(sorted(lost))}",
             where=f"module {sorted(lost)[0]}",
@@ -121,4 +201,22 @@ def _check_hooks(model: nn.Module) -> frozenset[str]:
             "would never run",
             fix="remove the hooks (handle.remove()) and register them again on the pruned model",
         )
-    return frozenset(kept)
+    notes = []
+    tensors = [name for name, p in model.named_parameters() if _has_hooks(p)]
+    for what, names in (("state_dict", saving), ("tensors", tensors)):
+        if names:
+            notes.append(
+                f"hooks of {what} stay with the original, on {', '.join(sorted(names))}: "
+                "register them again on the pruned network"
+            )
+    return Admitted(frozenset(kept), tuple(notes))
+
+
+_SAVING = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+def _has_hooks(t: Tensor) -> bool:
+    return bool(t._backward_hooks) or bool(getattr(t, "_post_accumulate_grad_hooks", None))

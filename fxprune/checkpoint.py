@@ -111,7 +111,7 @@ def atomic_path(path: StrPath, *, size: int | None = None) -> Iterator[Path]:
         raise
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.close()
     _sync_directory(target)
 
 
@@ -178,23 +178,24 @@ def _temp_prefix(target: Path) -> str:
     return f".fxprune-tmp-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
 
 
-def _create_temp(target: Path) -> tuple[Path, int | None]:
-    """A new empty file beside the target, and a descriptor that holds its lock.
+def _create_temp(target: Path) -> tuple[Path, FileIO | None]:
+    """A new empty file beside the target, and itself, open: that holds its lock.
 
-    The lock says that its writer lives; the system drops it with the process, however that ends.
+    The lock says that its writer lives; the system drops it with the process, however that ends,
+    and Python with the file, should Ctrl-C come before anybody could close it.
     """
     suffix = target.suffix if len(os.fsencode(target.suffix)) <= 32 else ""
     while True:
         temp = target.with_name(_temp_prefix(target) + secrets.token_hex(8) + suffix)
-        lock = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        lock = FileIO(temp, "x+")
         if fcntl is None:
-            os.close(lock)
+            lock.close()
             return temp, None
         with contextlib.suppress(OSError):  # a file system without locks: nothing counts as stale
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
+        if os.fstat(lock.fileno()).st_nlink:
             return temp, lock
-        os.close(lock)  # another writer took it for a stale one before it was locked: once more
+        lock.close()  # another writer took it for a stale one before it was locked: once more
 
 
 def _remove_stale(target: Path) -> None:
@@ -252,12 +253,14 @@ def _write_error(
     named = error.filename if isinstance(error, OSError) else None
     why = f"{reason} ({named})" if named else reason
     fix = "check the path and the disk, then save again"
-    if code in (errno.ENOSPC, errno.EDQUOT):
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         need = "more space is" if size is None else f"{size} bytes are"
         why = f"{reason}: {need} needed"
         with contextlib.suppress(OSError):
             why += f", {shutil.disk_usage(target.parent).free} are free"
         fix = "make room, or give a path on another disk"
+        if code == errno.EFBIG:
+            fix = "raise the limit on the size of files (ulimit -f), or use another file system"
     elif code == errno.ENOENT and not target.parent.is_dir():
         why, fix = f"the directory `{target.parent}` does not exist", "create that directory first"
     elif code == errno.ENOTDIR and not target.parent.is_dir():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import OptionError, OptionTypeError, TraceError, UnsupportedOpError
+from fxprune.admission import refuse_sharded
+from fxprune.errors import OptionError, OptionTypeError, TraceError
 from fxprune.recalibrate import first_input
 
 
@@ -33,13 +34,7 @@ def unwrap(model: object) -> tuple[nn.Module, list[str]]:
     notes: list[str] = []
     while True:
         kind = type(model).__name__
-        if kind in ("FullyShardedDataParallel", "FSDPModule") or kind.startswith("FSDP"):
-            raise UnsupportedOpError(
-                "the model is sharded by FSDP",
-                where=kind,
-                why="its parameters are spread over ranks",
-                fix="prune first, then shard",
-            )
+        refuse_sharded(model)
         inner = getattr(model, "_orig_mod", None)
         if inner is None and kind in ("DistributedDataParallel", "DataParallel"):
             inner = model.module

@@ -185,7 +185,7 @@ class Ledger:
         known = self.slots.get((name, dim))
         if known is not None:
             fits = (len(known.ids), known.blocks, known.role) == (len(ids), blocks, role)
-            if not fits:  # guard: two roles -> tests/test_bad_input.py -k "same_channels"
+            if not fits:  # guard: two roles -> tests/bad_input/test_kept.py -k "same_channels"
                 why = f"`{name}` is used in two ways that do not fit together"
                 self.freeze(known.ids, node, why)
                 self.freeze(ids, node, why)
@@ -194,7 +194,8 @@ class Ledger:
             self.couple(known.ids, ids, node, why)  # guard: shared -> tests/test_law.py -k shared
             return known.ids
         self.slots[name, dim] = Slot(name, dim, role, ids, blocks, producer)
-        if name in self.tensors.overlapping:  # guard: overlap -> tests/test_bad_input.py -k memory
+        shared = name in self.tensors.overlapping
+        if shared:  # guard: overlap -> tests/bad_input/test_kept.py -k memory
             other = self.tensors.overlapping[name]
             self.freeze(ids, node, f"`{name}` shares memory with a part of `{other}`")
         return ids

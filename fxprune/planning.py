@@ -141,7 +141,7 @@ def _check_coupled(analysis: Analysis, name: str, slot: Slot, stays: Array) -> N
             why=why_frozen(analysis, int(classes[frozen[0]])),
         )
     torn = np.flatnonzero(stays & np.isin(classes, classes[~stays]))
-    if len(torn):  # guard: coupled by hand -> tests/test_bad_input.py -k coupled
+    if len(torn):  # guard: coupled by hand -> tests/bad_input/test_plans.py -k coupled
         partner = next(i for i in np.flatnonzero(~stays) if classes[i] == classes[torn[0]])
         raise PlanError(
             f"channels {torn[0]} and {partner} of `{name}` are coupled: keep both or neither",
@@ -197,7 +197,7 @@ def mask_of(analysis: Analysis, plan: Plan) -> Array:
     complete = {(s.tensor, s.dim): s for s in slices_of(analysis, keep) if s.tensor in known}
     given = {(s.tensor, s.dim): s for s in plan.slices}
     for key, s in complete.items():
-        if given.get(key) != s:  # guard: incomplete -> tests/test_bad_input.py -k incomplete
+        if given.get(key) != s:  # guard: incomplete -> tests/bad_input/test_plans.py -k incomplete
             raise PlanError(
                 f"the plan is incomplete: `{s.tensor}` dimension {s.dim} must be cut too",
                 where=f"`{s.tensor}`",

@@ -33,6 +33,15 @@ class InputSpec:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.shape, generator=generator).to(device, dtype)
 
+    def blank(self, floating: torch.dtype) -> Tensor:
+        """Zeros of this shape that take no memory, whatever a file says; for tracing.
+
+        floating: the dtype where this one is floating point, so that it fits the model's weights.
+        """
+        dtype = getattr(torch, self.dtype)
+        dtype = floating if dtype.is_floating_point else dtype
+        return torch.zeros((), dtype=dtype).expand(self.shape)
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -67,12 +67,13 @@ def recalibrate(pruned: M, loader: Iterable[Any], samples: int = 1024) -> M:
 
 def _run(model: nn.Module, loader: Iterable[Any], samples: int) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    seen = 0
+    seen = largest = 0
     with torch.no_grad():
         for batch in loader:
             x = first_input(batch)[: samples - seen]
-            if len(x) == 1 and seen:
+            if len(x) == 1 and largest > 1:
                 break  # one sample has no variance of its own
+            largest = max(largest, len(x))
             if len(x):
                 model(x.to(device))
             seen += len(x)

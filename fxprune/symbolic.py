@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 
 from fxprune.errors import TraceError
+from fxprune.interrupts import Interrupts
 
 TORCH_HOME = str(Path(torch.__file__).parent) + os.sep
 FXPRUNE_HOME = str(Path(__file__).parent) + os.sep
 LEAF_CLASSES = {"torchvision.ops.misc.FrozenBatchNorm2d", "torchvision.ops.stochastic_depth.StochasticDepth"}  # fmt: skip
+LEAVES: set[type[nn.Module]] = set()  # classes that have a rule: it says what the layer does
 
 
 @dataclass
@@ -36,8 +38,10 @@ class FxTracer(Tracer):
     """Symbolic tracing with torch's own modules as leaves; notes the user's line of every node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch.nn modules, and classes known not to trace, stay one node."""
+        """torch.nn modules, classes with a rule, and classes known not to trace stay one node."""
         kind = type(m)
+        if kind in LEAVES:
+            return True
         if f"{kind.__module__}.{kind.__qualname__}" in LEAF_CLASSES or hasattr(m, "follows_mode"):
             return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -91,8 +95,10 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
             where=_failing_line(error),
             why="symbolic tracing cannot follow control flow that depends on the data "
             "or on sizes, nor calls that need real values",
-            fix="make that branch a module of its own, replace the condition by a constant, "
-            "or prune a sub-module that traces: fxprune.compile(model.backbone, ...)",
+            fix="keep that part whole: what is not traced into is a function under @torch.fx.wrap, or "
+            "a layer whose class has a rule (fxprune.register_rule); or decide by an argument with a "
+            "default and leave it out of example_inputs; or prune a sub-module that traces: "
+            "fxprune.compile(model.backbone, ...)",
         ) from error
     _refuse_reshaping_in_place(graph)
     made = {k: v for k, v in vars(model).items() if k not in before}
@@ -200,3 +206,14 @@ def unmarked(model: nn.Module) -> Iterator[None]:
                 if store.keys() != kept.keys() or any(store[k] is not v for k, v in kept.items()):
                     store.clear()
                     store.update(kept)
+
+
+@contextlib.contextmanager
+def at_once(model: nn.Module) -> Iterator[None]:
+    """As `unmarked`, and Ctrl-C waits until that is done (a second one does not).
+
+    For what is soon over: while torch.fx traces, it has changed `nn.Module` itself, and cut short
+    it would leave every module of the process broken.
+    """
+    with Interrupts() as interrupts, interrupts.held(), unmarked(model):
+        yield

@@ -9,7 +9,7 @@ follow `self.training` afterwards; branches that exist only in training are drop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from fxprune.admission import admit
 from fxprune.errors import TraceError
 from fxprune.graph import Tensors, get_path, op_name, place
 from fxprune.modes import Flags, compare_modes
-from fxprune.symbolic import capture, first_line, set_mode, unmarked
+from fxprune.symbolic import at_once, capture, first_line, set_mode
 
 SAME_SHAPE = (
     nn.modules.batchnorm._BatchNorm,
@@ -77,8 +77,8 @@ def batch_size(inputs: Any) -> int:
 
 def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
     """Trace `model` in both modes and put shapes on every node; TraceError says what is in the way."""
-    hooked = admit(model, example_inputs)
-    with unmarked(model):
+    admitted = admit(model, example_inputs)
+    with at_once(model):
         training = capture(model, example_inputs, training=True)
         evaluating = capture(model, example_inputs, training=False)
     modes = compare_modes(evaluating, training)
@@ -89,11 +89,11 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
         Tensors.of(model),
         constants=evaluating.constants,
         mode_flags=modes.flags,
-        notes=[*modes.notes, *evaluating.notes],
+        notes=[*admitted.notes, *modes.notes, *evaluating.notes],
         dropped=modes.dropped,
-        hooked=hooked,
+        hooked=admitted.hooked,
     )
-    with unmarked(model):
+    with at_once(model):
         _shapes(traced)
     return traced
 
@@ -143,8 +143,13 @@ def _remedy(traced: Traced) -> str:
 
 
 def to_meta(value: Any) -> Any:
-    """Tensors replaced by meta tensors of the same shape, dtype and strides."""
-    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+    """Tensors replaced by meta tensors of the same shape, dtype and strides.
+
+    Quantized ones stay as they are: torch has them on the meta device in name only.
+    """
+    if not isinstance(value, Tensor) or value.is_quantized:
+        return value
+    return torch.empty_like(value, device="meta")
 
 
 def _propagate(traced: Traced, real: bool) -> None:
@@ -181,7 +186,7 @@ def _run(
         if not real:
             if isinstance(module, SAME_SHAPE) and isinstance(args[0], Tensor):
                 return args[0]
-            module = _meta_twin(module, twins)
+            module = twin(module, to_meta, twins)
         return module.forward(*args, **kwargs)
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -190,17 +195,25 @@ def _run(
     return args[0]
 
 
-def _meta_twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
-    """A copy of a leaf module with meta tensors, sharing everything else."""
+def twin(
+    module: nn.Module, like: Callable[[Any], Any], twins: dict[int, nn.Module] | None = None
+) -> nn.Module:
+    """A copy of a layer with other tensors in place of its own, sharing everything else.
+
+    What its forward leaves on it (a weight that a hook computes, ...), it leaves on the copy.
+    """
+    twins = {} if twins is None else twins
     if id(module) not in twins:
-        twin = module.__class__.__new__(module.__class__)
-        twin.__dict__ = dict(module.__dict__)
-        twin.__dict__["_parameters"] = {k: to_meta(v) for k, v in module._parameters.items()}
-        twin.__dict__["_buffers"] = {k: to_meta(v) for k, v in module._buffers.items()}
-        twin.__dict__["_modules"] = {
-            k: None if m is None else _meta_twin(m, twins) for k, m in module._modules.items()
+        new = module.__class__.__new__(module.__class__)
+        new.__dict__ = dict(module.__dict__)
+        new.__dict__["_parameters"] = {k: like(v) for k, v in module._parameters.items()}
+        new.__dict__["_buffers"] = {k: like(v) for k, v in module._buffers.items()}
+        new.__dict__["_modules"] = {
+            k: None if m is None else twin(m, like, twins) for k, m in module._modules.items()
         }
-        twins[id(module)] = twin
+        if isinstance(new, nn.RNNBase):  # it keeps a list of its parameters
+            new._flat_weights = [getattr(new, name, None) for name in new._flat_weights_names]
+        twins[id(module)] = new
     return twins[id(module)]
 
 

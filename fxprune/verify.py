@@ -42,7 +42,7 @@ def verify(
                 fix="if the original accepts this input, please report the model; else pass another",
             ) from failure
         bound, dtype = BOUND_32, f"float32 (float64 cannot run: {str(reason).splitlines()[0][:80]})"
-    if not error <= bound:  # guard: verify -> tests/test_bad_input.py -k wrong_cut
+    if not error <= bound:  # guard: verify -> tests/bad_input/test_verify.py -k wrong_cut
         raise VerifyError(
             f"the pruned network differs from the masked original by {error:.3g} (bound {bound:g})",
             where=f"outputs on the example input, {dtype}",

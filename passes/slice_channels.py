@@ -124,7 +124,8 @@ def slice_channels(analysis: Analysis, keep: Array) -> tuple[dict[str, Any], Gra
             new = cut.graph.node_copy(node, cut.env.__getitem__)
             if rewrite is _view and slices:  # guard: view strides -> tests/test_law.py -k stride
                 new.target = _reshaping(node)
-            new.meta = {"where": node.meta.get("where", "")}
+            kept = ("where", "is_wrapped")  # the latter: torch.fx.wrap, for unpickling
+            new.meta = {key: node.meta[key] for key in kept if key in node.meta}
             if isinstance(value_of(node), Tensor):
                 new.meta["rank"] = value_of(node).dim()
         cut.env[node] = new
