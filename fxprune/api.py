@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fxprune import fit as training
 from fxprune import pipeline, storage
-from fxprune.batches import check_loader
 from fxprune.budget import Budget
 from fxprune.config import Method, Preset, check_share, resolve
 from fxprune.cost import Cost
@@ -28,6 +27,7 @@ from fxprune.pruned import PrunedModule, plan_now
 from fxprune.recalibrate import recalibrate
 from fxprune.scope import Ignore, check_scope, left_whole, resolved
 from fxprune.selection import check_align, first_step, select
+from fxprune.training.batches import check_loader
 
 Inputs = Tensor | tuple[Any, ...] | None
 Fit = Callable[[PrunedModule], object]  # trains in place

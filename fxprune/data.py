@@ -19,11 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxprune.downloads import Remote, fetch, unpack
+from fxprune.datasets.downloads import Remote, fetch, unpack
+from fxprune.datasets.folders import (
+    ImageFiles,
+    crops,
+    listing_of,
+    same_classes,
+    shifts,
+    tiny_listings,
+)
+from fxprune.datasets.formats import read_cifar, read_idx, read_idx_labels
+from fxprune.datasets.loaders import InMemory, Loaders, Options, serve
 from fxprune.errors import OptionError, OptionTypeError
-from fxprune.folders import ImageFiles, crops, listing_of, same_classes, shifts, tiny_listings
-from fxprune.formats import read_cifar, read_idx, read_idx_labels
-from fxprune.loaders import InMemory, Loaders, Options, serve
 
 StrPath = str | os.PathLike[str]
 

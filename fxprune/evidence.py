@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxprune.batches import check_loader
 from fxprune.errors import OptionError, PlanError
 from fxprune.groups import Analysis, Group
 from fxprune.labels import Label, Slot
 from fxprune.recalibrate import first_input
 from fxprune.symbolic import set_mode, unmarked
+from fxprune.training.batches import check_loader
 
 Statistics = Mapping[str, Tensor]  # name -> float64 [channels]
 _Rows = Callable[[Slot, Group, Tensor], Tensor]  # rows of a producer -> one entry per class

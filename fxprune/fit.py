@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune import randomness, training_state
-from fxprune.batches import Loader, check_loader, empty, logits_of, pair
 from fxprune.checkpoint import StrPath
 from fxprune.errors import FxPruneError, OptionError, OptionTypeError
 from fxprune.interrupts import Interrupts
-from fxprune.meter import PROGRESS, Meter, meter
-from fxprune.recipe import AMP, Recipe
-from fxprune.training_state import Parts, Position, tensors_of
+from fxprune.training import randomness
+from fxprune.training import state as training_state
+from fxprune.training.batches import Loader, check_loader, empty, logits_of, pair
+from fxprune.training.meter import PROGRESS, Meter, meter
+from fxprune.training.recipe import AMP, Recipe
+from fxprune.training.state import Parts, Position, tensors_of
 
 __all__ = ["History", "Recipe", "accuracies", "accuracy", "train"]
 
@@ -193,7 +194,7 @@ class _Run:
             # The middle of the step: at its beginning, a warm-up's first step would have rate 0.
             share = min((p.step + 0.5) / steps, 1.0) if steps else 0.5
             rest = len(y) == 1 and p.seen > p.step and _normalises(self.model)
-            with self.interrupts.held():  # guard: whole steps -> tests/test_training_state.py
+            with self.interrupts.held():  # guard: whole steps -> tests/training/test_state.py
                 if not rest:
                     self.learn(x, y, self.recipe.learning_rate(p.epoch + share))
                     p.seen += len(y)
@@ -212,7 +213,7 @@ class _Run:
         batches = iter(self.parts.loader)
         for _ in itertools.islice(batches, self.position.step):
             continue
-        if self.position.step:  # guard: the step's states -> tests/test_training_state.py
+        if self.position.step:  # guard: the step's states -> tests/training/test_state.py
             randomness.restore(self.now, self.device)
         for batch in batches:
             yield pair(batch)

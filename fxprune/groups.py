@@ -159,7 +159,7 @@ class Analysis:
 def analysis_table(analysis: Analysis) -> str:
     """The groups and what is frozen, as text for a terminal."""
     from fxprune.report import AnalysisRow
-    from fxprune.tables import analysis_text
+    from fxprune.views.tables import analysis_text
 
     rows = [AnalysisRow(g.name, g.width, len(g), g.residual, g.members) for g in analysis.groups]
     return analysis_text(rows, analysis.frozen)

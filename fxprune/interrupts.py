@@ -59,7 +59,7 @@ class Interrupts:
         del frame
         forked = os.getpid() != self._process  # a loader's worker has inherited this handler
         second = self._received is not None
-        if not forked:  # guard: signals are remembered -> tests/test_training_state.py -k sigterm
+        if not forked:  # guard: signals are remembered -> tests/training/test_state.py -k sigterm
             self._received = number
         if forked or second or not self._busy:
             raise KeyboardInterrupt

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from fxprune.errors import FxPruneError
 from fxprune.plan import Note
-from fxprune.words import as_fast as as_fast
-from fxprune.words import method_line
+from fxprune.views.words import as_fast as as_fast
+from fxprune.views.words import method_line
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -184,19 +184,19 @@ class Report:
 
         OSError when the folder does not exist or cannot be written.
         """
-        from fxprune.page import write_report
+        from fxprune.views.page import write_report
 
         write_report(self, path)
 
     def __repr__(self) -> str:
         """The table as plain text, without colour codes, as wide as the terminal."""
-        from fxprune.tables import report_text
+        from fxprune.views.tables import report_text
 
         return report_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table for rich: `rich.print(report)` shows it in colour."""
-        from fxprune.tables import report_terminal
+        from fxprune.views.tables import report_terminal
 
         return report_terminal(self, options.max_width, options.ascii_only)
 

@@ -140,13 +140,13 @@ class Sensitivity:
 
     def to_html(self, path: str | os.PathLike[str], drop: float = 0.01) -> None:
         """Write one self-contained page with the curves; the file is whole or not there."""
-        from fxprune.page import write_sensitivity
+        from fxprune.views.page import write_sensitivity
 
         write_sensitivity(self, path, drop)
 
     def to_figure(self, path: str | os.PathLike[str], drop: float = 0.01) -> None:
         """Draw the curves into a file of matplotlib's, by its suffix: .svg, .png, .pdf."""
-        from fxprune.page import sensitivity_figure
+        from fxprune.views.page import sensitivity_figure
 
         figure = sensitivity_figure(
             title=f"{self.model}: each group cut alone",
@@ -158,13 +158,13 @@ class Sensitivity:
         figure.savefig(path)
 
     def __str__(self) -> str:
-        from fxprune.tables import sensitivity_text
+        from fxprune.views.tables import sensitivity_text
 
         return sensitivity_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table for rich."""
-        from fxprune.tables import sensitivity_terminal
+        from fxprune.views.tables import sensitivity_terminal
 
         return sensitivity_terminal(self, options.max_width, options.ascii_only)
 

@@ -22,8 +22,8 @@ from fake_data import (
 )
 
 from fxprune import data
-from fxprune.augment import normalize
-from fxprune.downloads import Remote
+from fxprune.datasets.augment import normalize
+from fxprune.datasets.downloads import Remote
 from fxprune.errors import DataError, OptionError, OptionTypeError
 
 

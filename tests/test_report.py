@@ -19,7 +19,7 @@ from rich.console import Console
 from fxprune.errors import FxPruneError
 from fxprune.plan import Note
 from fxprune.report import AnalysisRow, Curve, GroupRow, LayerRow, Point, Report, TimingRow, blocks
-from fxprune.tables import analysis_text, sensitivity_text
+from fxprune.views.tables import analysis_text, sensitivity_text
 
 # ---- data
 

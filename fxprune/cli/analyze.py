@@ -27,7 +27,7 @@ from fxprune.config import REGISTRY
 from fxprune.cost import Cost
 from fxprune.errors import OptionError
 from fxprune.sensitivity import Sensitivity, sensitivity
-from fxprune.tables import sensitivity_terminal
+from fxprune.views.tables import sensitivity_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune import words
+from fxprune.views import words
 
 if TYPE_CHECKING:
     from rich.console import Console

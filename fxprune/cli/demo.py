@@ -28,7 +28,7 @@ from fxprune.cli.values import choice_of
 from fxprune.cli.weights import load_weights
 from fxprune.errors import FxPruneError
 from fxprune.latency import compare, environment, remarks
-from fxprune.words import as_fast
+from fxprune.views.words import as_fast
 
 if TYPE_CHECKING:
     from rich.console import Console

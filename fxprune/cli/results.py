@@ -15,7 +15,7 @@ from fxprune.cli.folder import Run
 from fxprune.cli.values import choice_of
 from fxprune.latency import compare, environment, remarks
 from fxprune.report import Report, TimingRow
-from fxprune.words import as_fast
+from fxprune.views.words import as_fast
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -58,7 +58,7 @@ names with markup, control characters, unicode, `..`, of any length
     bad_input/test_names.py: markup, move_the_cursor, of_a_plan, dots, long_paths
     bad_input/test_errors.py: terminal_would_obey, endless
     bad_input/test_odd_models.py: no_identifiers, cannot_hold, uses_itself
-    test_page.py: escape
+    views/test_page.py: escape
 the same call twice, in other processes, with other hash seeds
     test_roundtrips.py: same_call, fresh_process, equal_bytes
     bad_input/test_interrupts.py: another_process
@@ -67,7 +67,7 @@ no triton, no GPU
     test_layout.py: import_is_lean
 Ctrl-C in a compilation, in a save, in training
     bad_input/test_interrupts.py: traced, own_function, any_moment, during_a_save
-    test_training_state.py: sigterm
+    training/test_state.py: sigterm
 loaders: empty, dying, raising, of dicts, of one sample
     bad_input/test_loaders.py: without_a_batch, another_kind, raises, worker_that_dies, one_sample
     test_recalibrate.py: empty_loader, rest_of_one_sample, failing_loader

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fxprune.datasets.formats import md5
 from fxprune.errors import DataError
-from fxprune.formats import md5
 
 _TIMEOUT = 30.0  # seconds without an answer, or without another byte
 _CHUNK = 1 << 20  # bytes
@@ -59,7 +59,9 @@ def fetch(remote: Remote, folder: Path, title: str, also: str = "") -> Path:
     try:
         # The folder is made when the server has answered: no network, no empty folders.
         answer = urllib.request.urlopen(remote.url, timeout=_TIMEOUT)
-    except _NO_ANSWER as error:  # guard: offline -> tests/test_downloads.py -k "network or 404"
+    except (
+        _NO_ANSWER
+    ) as error:  # guard: offline -> tests/datasets/test_downloads.py -k "network or 404"
         raise _unreachable(remote, folder, title, also, error) from error
     with answer, _temporary(folder, remote.name) as (file, path):
         length = answer.headers.get("Content-Length", "")
@@ -76,11 +78,13 @@ def fetch(remote: Remote, folder: Path, title: str, also: str = "") -> Path:
                 advance(len(chunk))
         done = file.tell()
         file.close()
-        if done < size:  # guard: broken off -> tests/test_downloads.py -k breaks
+        if done < size:  # guard: broken off -> tests/datasets/test_downloads.py -k breaks
             short = OSError(f"the answer broke off after {done:,} of {size:,} bytes")
             raise _unreachable(remote, folder, title, also, short)
         found = md5(path)
-        if found != remote.md5:  # guard: fetched sum -> tests/test_downloads.py -k wrong_sum
+        if (
+            found != remote.md5
+        ):  # guard: fetched sum -> tests/datasets/test_downloads.py -k wrong_sum
             raise DataError(
                 f"what came as `{remote.name}` is not the published file",
                 where=remote.url,
@@ -101,7 +105,7 @@ def unpack(remote: Remote, root: Path, top: str, wanted: Sequence[str], title: s
     own = os.path.exists(root / remote.name)
     archive = fetch(remote, root, title, ", where it is unpacked by itself")
     found = md5(archive) if own else remote.md5
-    if found != remote.md5:  # guard: own archive -> tests/test_downloads.py -k damaged
+    if found != remote.md5:  # guard: own archive -> tests/datasets/test_downloads.py -k damaged
         raise DataError(
             f"`{archive.name}` is damaged",
             where=str(archive),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_data import cifar_records, idx
 
+from fxprune.datasets.formats import md5, read_cifar, read_idx, read_idx_labels
 from fxprune.errors import DataError
-from fxprune.formats import md5, read_cifar, read_idx, read_idx_labels
 
 SOURCE = "http://where.example/it.tar.gz"
 

@@ -89,7 +89,7 @@ def score(model):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
-from test_training_state import *
+from test_state import *
 
 torch.set_num_threads(1)
 kill = lambda epoch, loss: os.kill(os.getpid(), signal.SIGKILL) if epoch == 2 else None

@@ -14,8 +14,8 @@ import threading
 import pytest
 from fake_data import nobody_there, served, tar_of, tree, write, zip_of
 
-from fxprune import downloads
-from fxprune.downloads import Remote, fetch, unpack
+from fxprune.datasets import downloads
+from fxprune.datasets.downloads import Remote, fetch, unpack
 from fxprune.errors import DataError
 
 DATA = bytes(range(256)) * 20

@@ -112,7 +112,7 @@ def load(path: StrPath, parts: Parts) -> tuple[Position, dict[str, Tensor], dict
     if header.get("kind") != _KIND:
         raise _foreign(path, "it holds no training" + (", but a pruned network" if "plan" in header else ""))  # fmt: skip
     differences = _differences(header, groups["model"], parts)
-    if differences:  # guard: another training -> tests/test_training_state.py -k refused
+    if differences:  # guard: another training -> tests/training/test_state.py -k refused
         more = len(differences) - 3
         why = "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
         raise _foreign(path, why)

@@ -65,7 +65,7 @@ def read_idx(path: Path, shape: tuple[int, ...], published: str | None, source: 
     header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
     total = len(header) + int(torch.Size(shape).numel())
     data = _checked(path, data, total, published, source)
-    if not data.startswith(header):  # guard: idx header -> tests/test_formats.py -k header
+    if not data.startswith(header):  # guard: idx header -> tests/datasets/test_formats.py -k header
         raise _damaged(path, f"its header is not that of bytes {list(shape)}", source)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=len(header)).view(shape)
 
@@ -92,10 +92,12 @@ def _bytes_of(path: Path, source: str) -> bytes:
 def _checked(path: Path, data: bytes, size: int, published: str | None, source: str) -> bytes:
     """The data, if it has that size and sum."""
     wrong = []
-    if len(data) != size:  # guard: size of a data file -> tests/test_formats.py -k truncated
+    if (
+        len(data) != size
+    ):  # guard: size of a data file -> tests/datasets/test_formats.py -k truncated
         wrong.append(f"it holds {len(data):,} bytes instead of {size:,}")
     found = _md5(data).hexdigest() if published else None
-    if found != published:  # guard: sum of a data file -> tests/test_formats.py -k sum
+    if found != published:  # guard: sum of a data file -> tests/datasets/test_formats.py -k sum
         wrong.append(f"its MD5 is {found}, the published one {published}")
     if wrong:
         raise _damaged(path, "; ".join(wrong), source)
@@ -104,7 +106,7 @@ def _checked(path: Path, data: bytes, size: int, published: str | None, source: 
 
 def _check_range(path: Path, labels: Tensor, limit: int, source: str) -> None:
     bad = (labels >= limit).nonzero().flatten().tolist()
-    if bad:  # guard: label in range -> tests/test_formats.py -k range
+    if bad:  # guard: label in range -> tests/datasets/test_formats.py -k range
         why = f"record {bad[0]} has the label {labels[bad[0]]}; labels are 0 ... {limit - 1}"
         raise _damaged(path, why, source)
 

@@ -7,7 +7,7 @@ import torch
 from fake_data import png, write
 
 from fxprune import data
-from fxprune.augment import normalize
+from fxprune.datasets.augment import normalize
 from fxprune.errors import DataError, OptionError, OptionTypeError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

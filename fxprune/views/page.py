@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune import plots
 from fxprune._version import __version__
 from fxprune.report import (
     Block,
@@ -33,7 +32,8 @@ from fxprune.report import (
     reasons,
     spans,
 )
-from fxprune.words import (
+from fxprune.views import plots
+from fxprune.views.words import (
     are_shares,
     clean,
     counted,
@@ -100,7 +100,7 @@ def _render(template: str, **values: Any) -> str:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def source(name: str) -> str:
-        return files("fxprune").joinpath(name).read_text(encoding="utf-8")
+        return files("fxprune.views").joinpath(name).read_text(encoding="utf-8")
 
     environment = Environment(
         loader=FunctionLoader(source),

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from fxprune.augment import crop_flip, normalize
+from fxprune.datasets.augment import crop_flip, normalize
+from fxprune.datasets.loaders import InMemory, Options, serve
 from fxprune.errors import OptionError, OptionTypeError
-from fxprune.loaders import InMemory, Options, serve
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 IMAGES = torch.randint(1, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))  # fmt: skip

@@ -31,7 +31,7 @@ from fxprune.report import (
     reasons,
 )
 from fxprune.report import spans as spans_of
-from fxprune.words import (
+from fxprune.views.words import (
     are_shares,
     clean,
     counted,

@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 
 import fxprune
-from fxprune import words
+from fxprune.views import words
 
 
 @pytest.mark.parametrize(

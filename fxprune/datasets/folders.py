@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.augment import normalize
+from fxprune.datasets.augment import normalize
+from fxprune.datasets.loaders import Samples
 from fxprune.errors import DataError
-from fxprune.loaders import Samples
 
 Listing = list[tuple[str, int]]  # path of an image, its class
 
@@ -84,7 +84,7 @@ class ImageFiles(Samples):
 
 def classes_of(folder: Path) -> list[str]:
     """The names of the classes, sorted: the folders in `folder`; DataError when there is none."""
-    if not folder.is_dir():  # guard: no folder -> tests/test_folders.py -k missing
+    if not folder.is_dir():  # guard: no folder -> tests/datasets/test_folders.py -k missing
         raise DataError(
             f"there is no folder `{folder.name}`",
             where=str(folder),
@@ -92,7 +92,7 @@ def classes_of(folder: Path) -> list[str]:
             fix="give the PATH that holds both `train` and `val`",
         )
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not names:  # guard: no classes -> tests/test_folders.py -k without_classes
+    if not names:  # guard: no classes -> tests/datasets/test_folders.py -k without_classes
         raise DataError(
             f"`{folder.name}` holds no classes",
             where=str(folder),
@@ -110,7 +110,7 @@ def listing_of(folder: Path) -> Listing:
     listing: Listing = ImageFolder(str(folder), allow_empty=True).samples
     counts = Counter(label for _, label in listing)
     empty = [name for label, name in enumerate(names) if not counts[label]]
-    if empty:  # guard: empty class -> tests/test_folders.py -k empty
+    if empty:  # guard: empty class -> tests/datasets/test_folders.py -k empty
         raise DataError(
             f"the class `{empty[0]}` holds no image"
             + (f", nor do {len(empty) - 1} others" if len(empty) > 1 else ""),
@@ -124,7 +124,7 @@ def listing_of(folder: Path) -> Listing:
 def same_classes(train: Path, val: Path) -> list[str]:
     """The classes that both folders have; DataError when one has a class that the other lacks."""
     ours, theirs = classes_of(train), classes_of(val)
-    if ours != theirs:  # guard: same classes -> tests/test_folders.py -k differ
+    if ours != theirs:  # guard: same classes -> tests/datasets/test_folders.py -k differ
         facts = [
             f"only `{here.name}` has {_some(sorted({*mine} - {*other}))}"
             for here, mine, other in ((train, ours, theirs), (val, theirs, ours))
@@ -159,28 +159,28 @@ def tiny_listings(folder: Path, source: str) -> tuple[list[str], Listing, Listin
         names = sorted((folder / "wnids.txt").read_text().split())
         rows = (folder / "val" / "val_annotations.txt").read_text().splitlines()
         present = {entry.name for entry in images.iterdir()}
-    except OSError as error:  # guard: tiny files -> tests/test_folders.py -k tiny_lacks
+    except OSError as error:  # guard: tiny files -> tests/datasets/test_folders.py -k tiny_lacks
         raise incomplete(f"{error.filename}: {error.strerror}") from error
     label = {name: i for i, name in enumerate(names)}
     val: Listing = []
     for number, row in enumerate(rows, 1):
         file, _, rest = row.partition("\t")  # file, class, and a box that nobody here needs
         wnid = rest.partition("\t")[0]
-        if wnid not in label:  # guard: tiny labels -> tests/test_folders.py -k tiny_lacks
+        if wnid not in label:  # guard: tiny labels -> tests/datasets/test_folders.py -k tiny_lacks
             raise incomplete(f"`val_annotations.txt`, line {number}, names no class of `wnids.txt`")
         val.append((str(images / file), label[wnid]))
     lacking = sorted({Path(path).name for path, _ in val} - present)
-    if lacking:  # guard: tiny images -> tests/test_folders.py -k tiny_lacks
+    if lacking:  # guard: tiny images -> tests/datasets/test_folders.py -k tiny_lacks
         raise incomplete(f"`val/images` lacks {_some(lacking)}")
     folders = classes_of(folder / "train") if (folder / "train").is_dir() else []
-    if folders != names:  # guard: tiny classes -> tests/test_folders.py -k tiny_lacks
+    if folders != names:  # guard: tiny classes -> tests/datasets/test_folders.py -k tiny_lacks
         raise incomplete("`train` does not hold the classes that `wnids.txt` lists")
     train = listing_of(folder / "train")
     for part, listing in (("train", train), ("val", val)):
         counts = Counter(i for _, i in listing)
         sizes = {counts[i] for i in label.values()}
         uneven = len(sizes) > 1 or 0 in sizes
-        if uneven:  # guard: tiny counts -> tests/test_folders.py -k tiny_lacks
+        if uneven:  # guard: tiny counts -> tests/datasets/test_folders.py -k tiny_lacks
             raise incomplete(
                 f"the classes of `{part}` have {min(sizes)} to {max(sizes)} images; in the whole "
                 "set all have as many"

@@ -20,7 +20,7 @@ from statistics import fmean, quantiles
 from typing import TYPE_CHECKING, Any
 
 from fxprune.report import Curve, LayerRow, blocks
-from fxprune.words import are_shares, counted, scorer, short, si
+from fxprune.views.words import are_shares, counted, scorer, short, si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ import rich.console
 import torch
 from torch import nn
 
-from fxprune import meter as meters
 from fxprune.fit import Recipe, accuracy, train
+from fxprune.training import meter as meters
 
 BATCHES = [(torch.randn(4, 5), torch.arange(4) % 2)] * 3
 

@@ -10,9 +10,9 @@ from reports import NASTY, Scanned, long, sample, scan, small
 from torch import nn
 
 import fxprune
-from fxprune.page import report_page, sensitivity_figure, sensitivity_page, write_sensitivity
 from fxprune.plan import Note
 from fxprune.report import Curve, GroupRow, LayerRow, Point, TimingRow
+from fxprune.views.page import report_page, sensitivity_figure, sensitivity_page, write_sensitivity
 
 
 def page(report, tmp_path):
@@ -273,8 +273,8 @@ def test_a_page_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
 
     for write in (lambda: sample(model="Other").to_html(path), lambda: write_sensitivity(scan(), path)):  # fmt: skip
         with monkeypatch.context() as broken:
-            broken.setattr("fxprune.plots.draw_stages", fail)
-            broken.setattr("fxprune.plots.draw_curves", fail)
+            broken.setattr("fxprune.views.plots.draw_stages", fail)
+            broken.setattr("fxprune.views.plots.draw_curves", fail)
             with pytest.raises(RuntimeError, match="mine"):
                 write()
         with monkeypatch.context() as broken:

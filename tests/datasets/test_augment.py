@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxprune.augment import DRAWS, crop_flip, normalize
+from fxprune.datasets.augment import DRAWS, crop_flip, normalize
 
 
 def distinct(n, channels, height, width):

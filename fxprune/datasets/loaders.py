@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, get_worker_info
 
-from fxprune.augment import DRAWS, crop_flip, normalize
+from fxprune.datasets.augment import DRAWS, crop_flip, normalize
 from fxprune.errors import DataError, OptionError, OptionTypeError
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from browser import NAMES, Browser, find
 from reports import NASTY, long, sample, scan
 from test_page import scan_page
 
-from fxprune.page import report_page
 from fxprune.report import GroupRow, LayerRow
+from fxprune.views.page import report_page
 
 pytestmark = pytest.mark.skipif(find() is None, reason=f"none of {', '.join(NAMES)} starts here")
 
