@@ -115,7 +115,7 @@ def compile(
         # Names and classes of modules are those of the user's model, also in later steps.
         ignore = resolved(analysis, ignore)  # guard: ignore once -> tests/methods -k stay_ignored
         with steps.step("select"):
-            plan, keep = select(
+            selection = select(
                 analysis,
                 chosen,
                 limit,
@@ -126,7 +126,10 @@ def compile(
                 data=data,
                 step=replace(first, number=number, of=chosen.steps),
             )
-        pruned = pipeline.cut(analysis, plan, keep, steps, check=verify, notes=notes)
+        said = [*notes, *selection.notes]
+        pruned = pipeline.cut(
+            analysis, selection.plan, selection.keep, steps, check=verify, notes=said
+        )
         whole = left_whole(analysis, pruned.plan, scope=scope, ignore=ignore, align=align)
         pruned.report.frozen += whole
         pruned = pipeline.sealed(pruned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +179,15 @@ class Step:
         return gone * self.number / self.of
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen. notes: groups of which more stay than the ratio asks for."""
+
+    plan: Plan
+    keep: Array  # bool [classes]
+    notes: list[str]
+
+
 @collector_paused
 def select(
     analysis: Analysis,
@@ -190,7 +200,7 @@ def select(
     seed: int = 0,
     data: Iterable[Any] | None = None,
     step: Step | None = None,
-) -> tuple[Plan, Array]:
+) -> Selection:
     """Rank every group, fit the budget or the ratio, and write the plan down."""
     step = step or Step()
     groups = choose_groups(analysis, scope, ignore)
@@ -233,7 +243,19 @@ def select(
         scope=scope if isinstance(scope, str) else tuple(scope),
         seed=seed,
     )
-    return plan, keep
+    widths = [step.widths.get(g.name, len(g)) for g in groups]
+    asked = [math.floor((1 - r) * width + 1e-9) for r, width in zip(ratios, widths, strict=False)]
+    return Selection(plan, keep, _clipped(groups, counts, asked))
+
+
+def _clipped(groups: Sequence[Group], counts: list[int], asked: list[int]) -> list[str]:
+    """Where more stay than a ratio asks for: one of every piece must, and `align` leaves no less."""
+    return [
+        f"of `{g.name}` {count} of {len(g)} channels stay, where the ratio asks for {wanted}: fewer "
+        "would leave a tensor, or a piece of a split, empty, or break the alignment"
+        for g, count, wanted in zip(groups, counts, asked, strict=False)
+        if count > wanted
+    ]
 
 
 def first_step(analysis: Analysis) -> Step:

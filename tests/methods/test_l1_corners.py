@@ -439,3 +439,18 @@ def test_rows_that_live_together_are_summed():
 def test_a_scan_says_which_argument_is_wrong(options, words):
     with pytest.raises(fxprune.OptionTypeError, match=words):
         sensitivity(two(), X, evaluate=lambda m: 0.0, progress=False, **options)
+
+
+def test_a_ratio_that_cannot_be_had_is_told():
+    """One channel stays; with align, the least multiple; where nothing is clipped, nothing is said."""
+
+    def notes(**options):
+        return [n for n in compiled(two(), **options).report.notes if "asks for" in n]
+
+    (note,) = notes(method=L1(ratio=0.9))
+    assert note.startswith("of `0` 1 of 8 channels stay, where the ratio asks for 0")
+    (note,) = notes(method=L1(ratio=0.8), align=4)
+    assert note.startswith("of `0` 4 of 8 channels stay, where the ratio asks for 1")
+    assert not notes(method=L1(ratio=0.5))
+    assert not notes(method=L1(ratio=0.0))
+    assert not notes(budget=0.5)
