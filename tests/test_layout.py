@@ -160,7 +160,9 @@ def test_data_files_are_packaged():
                 continue
             own = ".".join([package, *inside.parts[:-1]])  # the package that the file lies in
             patterns = data.get(own, [])
-            assert any(Path(inside.name).match(pattern) for pattern in patterns), f"{folder}/{inside}"
+            assert any(Path(inside.name).match(pattern) for pattern in patterns), (
+                f"{folder}/{inside}"
+            )
 
 
 def test_imports_never_go_in_circles():
