@@ -4,6 +4,7 @@
 >>> pruned = fxprune.compile(model, method="l1", budget=0.5)  # doctest: +SKIP
 """
 
+from fxprune import methods
 from fxprune._version import __version__
 from fxprune.api import analyze, apply, compile, load, mask, save
 from fxprune.budget import Budget
@@ -23,7 +24,6 @@ from fxprune.export import export
 from fxprune.fit import Recipe
 from fxprune.flow import rule as register_rule
 from fxprune.groups import Analysis
-from fxprune.passes import methods
 from fxprune.plan import Plan
 from fxprune.pruned import PrunedModule
 from fxprune.recalibrate import recalibrate

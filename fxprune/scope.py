@@ -89,7 +89,7 @@ def left_whole(
             why = f"kept by ignore={shown}, alone or through a coupled layer"
         elif group.name not in chosen:
             why = f"left out by scope={scope!r}"
-        elif group.producers[0].tensor in cut:
+        elif any(slot.tensor in cut for slot in group.producers):
             continue
         elif align > 1:
             why = f"the share that fits, rounded to align={align}, is its whole width"

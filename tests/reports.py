@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fxprune.plan import Note
 from fxprune.report import Curve, GroupRow, LayerRow, Point, Report, TimingRow
+from fxprune.views.page import sensitivity_page
 
 NASTY = "<script>alert(1)</script>[red]&$x$\x1b[31m"
 
@@ -123,3 +124,10 @@ def scan(names=None, methods=("l1 smallest", "l1 random", "l1 largest"), worst=0
         for i, name in enumerate(names)
     ]
     return Scanned(tuple(curves), baseline=top)
+
+
+def scan_page(scanned, drop=0.01, **changes):
+    """The page of a scan; `changes` replace arguments."""
+    options = {"title": "Sensitivity of CifarResNet", "baseline": scanned.baseline}
+    options |= {"curves": scanned.curves, "proposals": scanned.propose(drop), "drop": drop}
+    return sensitivity_page(**{**options, **changes})

@@ -65,7 +65,7 @@ ROWS = [
     ],
     ["pipeline", "pruner"],
     ["datasets.*", "datasets"],
-    ["api", "sensitivity", "evaluation", "fit", "data", "zoo"],
+    ["methods", "api", "sensitivity", "evaluation", "fit", "data", "zoo"],
     [""],  # fxprune itself
     ["cli.*", "cli"],  # a user of the public names
 ]

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import NAMES, Browser, find
-from reports import NASTY, long, sample, scan
-from test_page import scan_page
+from reports import NASTY, long, sample, scan, scan_page
 
 from fxprune.report import GroupRow, LayerRow
 from fxprune.views.page import report_page

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from reports import NASTY, Scanned, long, sample, scan, small
+from reports import NASTY, Scanned, long, sample, scan, scan_page, small
 from torch import nn
 
 import fxprune
@@ -18,12 +18,6 @@ from fxprune.views.page import report_page, sensitivity_figure, sensitivity_page
 def page(report, tmp_path):
     report.to_html(tmp_path / "page.html")
     return (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-def scan_page(scanned, drop=0.01, **changes):
-    options = {"title": "Sensitivity of CifarResNet", "baseline": scanned.baseline}
-    options |= {"curves": scanned.curves, "proposals": scanned.propose(drop), "drop": drop}
-    return sensitivity_page(**{**options, **changes})
 
 
 class Parser(html.parser.HTMLParser):
