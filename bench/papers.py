@@ -65,7 +65,8 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 def kept(folder: Path, weights: Path) -> dict[str, Any]:
     """What the folder's run.json says of the run, without the paths of this machine."""
     record = json.loads((folder / "run.json").read_text())
-    line = record["line"].replace(str(weights), weights.name).replace(str(folder), folder.name)
+    line = record["line"].removesuffix(" --resume --json")  # what `run` adds
+    line = line.replace(str(weights), weights.name).replace(str(folder), folder.name)
     names = ("seed", "versions", "started", "seconds", "scores")
     return {"command": line, **{name: record[name] for name in names}}
 

@@ -448,7 +448,7 @@ def _compare(axes: Axes, baseline: float, curves: Sequence[Curve], drop: float, 
         (line,) = axes.plot(ratios, mean, color=colour, linewidth=2.4, marker="o", markersize=4)
         _titled(axes, line, short(method, 200))
         lines.append(line)
-        seen += [*low, *high]
+        seen += [*low, *mean, *high]  # a mean can lie below the middle half
     _frame(axes, baseline, curves, drop, seen)
     axes.legend(
         lines,

@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from fxprune.plan import Note
 from fxprune.report import Curve, GroupRow, LayerRow, Point, TimingRow
-from fxprune.views.page import report_page, sensitivity_figure, sensitivity_page, write_sensitivity
+from fxprune.views.page import report_page, sensitivity_figure, write_sensitivity
 
 
 def page(report, tmp_path):
@@ -369,3 +369,19 @@ def test_a_real_scan_and_a_real_report_have_pages(tmp_path):
     assert "asked 50.0 %" in text
     for name in ("0", "2", "4"):
         assert f"<code>{name}</code>" in text
+
+
+def test_means_far_below_the_middle_half_are_drawn():
+    """One layer that bears nothing pulls the mean out of the middle half of all layers."""
+    curves = [
+        Curve(
+            f"layer{i}", 8, "l1 smallest", tuple(Point(r, 4, 0.9 if i else 0.0) for r in (0.2, 0.4))
+        )
+        for i in range(8)
+    ]
+    curves += [Curve(c.name, 8, "l1 largest", c.points) for c in curves]
+    figure = sensitivity_figure(title="Net", baseline=0.9, curves=curves, proposals={}, drop=0.01)
+    axes = figure.axes[2]
+    low, high = axes.get_ylim()
+    for line in axes.get_lines():
+        assert all(low <= y <= high for y in line.get_ydata())
