@@ -21,7 +21,7 @@ from fxprune.groups import Analysis, Group
 from fxprune.labels import Label, Slot
 from fxprune.recalibrate import first_input
 from fxprune.symbolic import set_mode, unmarked
-from fxprune.training.batches import check_loader
+from fxprune.training.batches import as_floats, check_loader
 
 Statistics = Mapping[str, Tensor]  # name -> float64 [channels]
 _Rows = Callable[[Slot, Group, Tensor], Tensor]  # rows of a producer -> one entry per class
@@ -157,7 +157,7 @@ def _run(
     """One batch through the graph; a value is dropped as soon as nobody reads it any more."""
     traced = analysis.traced
     device = next((p.device for p in traced.model.parameters()), x.device)
-    inputs = iter((x.to(device), *traced.example_inputs[1:]))
+    inputs = iter((as_floats(traced.model, x.to(device)), *traced.example_inputs[1:]))
     values: dict[Node, Any] = {}
     readers = {node: len(node.users) for node in traced.graph.nodes}
     for node in traced.graph.nodes:

@@ -292,9 +292,20 @@ def _macs(
 
 
 def _apportioned(costs: Array, total: int) -> list[int]:
-    """Whole numbers near the costs that sum to the total: the largest remainders are rounded up."""
+    """Whole numbers near the costs that sum to the total: the largest remainders are rounded up.
+
+    The total is a sum of two rounded numbers, and may be less than that of the rounded costs. A row
+    that costs nothing gets nothing.
+    """
     whole = np.floor(costs + 1e-6).astype(np.int64)
     missing = total - int(whole.sum())
     order = np.argsort(whole - costs, kind="stable")
-    whole[order[:missing]] += 1
+    while missing > 0:
+        rows = order[costs[order] > 0][:missing]
+        whole[rows] += 1
+        missing -= len(rows)
+    while missing < 0:  # guard: rounded down twice -> tests/test_layers.py -k apportioned
+        rows = order[whole[order] > 0][missing:]
+        whole[rows] -= 1
+        missing += len(rows)
     return [int(n) for n in whole]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import OptionError, OptionTypeError
 from fxprune.pruned import PrunedModule
+from fxprune.training.batches import as_floats
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,7 +76,7 @@ def _run(model: nn.Module, loader: Iterable[Any], samples: int) -> int:
                 break  # one sample has no variance of its own
             largest = max(largest, len(x))
             if len(x):
-                model(x.to(device))
+                model(as_floats(model, x.to(device)))
             seen += len(x)
             if seen >= samples:
                 break

@@ -351,7 +351,7 @@ def _check_preset(analysis: Analysis, preset: Preset, names: Mapping[str, object
         for t in retained_tensors(analysis.traced).values()
     )
     missing = [name for name in preset.ratios if name not in names]
-    if missing or found != preset.convolutions:
+    if missing or found != preset.convolutions:  # guard: network -> tests/methods -k preset_wants
         raise PlanError(
             f"the preset does not fit this {type(analysis.traced.model).__name__}",
             where="preset",

@@ -327,7 +327,7 @@ class _Cache:
         before = self._scores.get(key)
         same = before is None or before == baseline or math.isclose(before, baseline, rel_tol=1e-4)
         same = same or not (math.isfinite(before or 0.0) or math.isfinite(baseline))
-        if not same:
+        if not same:  # guard: same measure -> tests/test_sensitivity.py -k another_measure
             raise OptionError(
                 f"the whole network scores {baseline:g}, and {before:g} in the cache",
                 where=str(self._path),

@@ -6,6 +6,7 @@ not derandomized, and the only one that runs tests marked `long`).
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, settings
 PROFILE = os.environ.get("FXPRUNE_PROFILE", "ci")
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Drawing a network and running it takes milliseconds that a deadline or a health check of one draw
 # would count against the code under test.

@@ -463,3 +463,28 @@ def test_channels_last_and_an_error():
         train(model, bad, Recipe(epochs=1, channels_last=True), progress=False)
     assert _same(model.state_dict(), before)
     assert {k: p.data_ptr() for k, p in model.named_parameters()} == where
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_are_cast_to_the_floats_of_the_model(dtype):
+    model = _net().to(dtype)
+    losses = train(model, _batches(), Recipe(epochs=5, lr=0.1), progress=False)
+    assert losses[-1] < losses[0]
+    assert model[0].weight.dtype == dtype
+    assert accuracy(model, _batches(seed=1)) > 0.5
+
+
+def test_inputs_that_are_no_floats_or_fit_some_layer_stay():
+    class Embeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.fc = nn.Embedding(5, 3).double(), nn.Linear(3, 2)
+
+        def forward(self, x):
+            seen.append(x.dtype)
+            return self.fc(x if x.is_floating_point() else self.words(x).float())
+
+    seen, y = [], torch.tensor([0, 1])
+    for x in (torch.tensor([1, 2]), torch.zeros(2, 3)):
+        accuracy(Embeds(), [(x, y)])
+    assert seen == [torch.int64, torch.float32]

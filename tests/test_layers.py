@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import nn
 
 import fxprune
 from fxprune.cost import Cost
-from fxprune.layers import layer_rows
+from fxprune.layers import _apportioned, layer_rows
 from fxprune.planning import write_plan
 
 COUNTS = ("macs_before", "macs_after", "params_before", "params_after")
@@ -292,3 +293,46 @@ def test_a_saved_network_has_its_rows_again(tmp_path):
     check(again)
     assert again.report.layers == pruned.report.layers
     assert again.report.options == pruned.report.options
+
+
+def test_apportioned_costs_add_up():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        n = rng.integers(1, 6)
+        parts = rng.integers(0, 9, (2, n)) / rng.integers(1, 5)  # halves, thirds, quarters
+        parts *= rng.random(n) < 0.7
+        total = sum(round(float(p.sum())) for p in parts)  # two sums, rounded on their own
+        costs = parts.sum(0)
+        whole = _apportioned(costs, total)
+        assert sum(whole) == total
+        assert min(whole) >= 0
+        assert all(w == 0 for w, c in zip(whole, costs, strict=True) if c == 0)
+        assert np.abs(np.array(whole) - costs).max() <= 1.5
+    assert _apportioned(np.array([0.0, 1.0]), 0) == [0, 0]
+    assert _apportioned(np.array([0.4, 0.0, 0.6]), 1) == [0, 0, 1]
+
+
+class HalfPerSample(nn.Module):
+    """With a batch of two, what does not depend on the input counts half per sample."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.t = nn.Parameter(torch.randn(1, 3))
+        self.u = nn.Parameter(torch.randn(rows, 3))
+        self.q, self.k = nn.Linear(3, 5), nn.Linear(4, 5)
+        self.o, self.p, self.r = nn.Linear(5, 3), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        fixed = self.q(self.t) + torch.matmul(self.u, self.q.weight.t()).sum(0)
+        return self.r(torch.relu(self.p(self.o(torch.relu(self.k(x)) + fixed))))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 7])
+def test_rows_add_up_where_layers_count_in_halves(rows):
+    torch.manual_seed(0)
+    method = fxprune.methods.L1(ratio=0.5)
+    pruned = fxprune.compile(HalfPerSample(rows).eval(), torch.randn(2, 4), method=method)
+    layers = pruned.report.layers
+    for what in ("macs_before", "macs_after"):
+        assert total(layers, what) == pruned.report.metrics[what]
+        assert all(getattr(row, what) >= 0 for row in layers)

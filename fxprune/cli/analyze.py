@@ -100,7 +100,7 @@ def analyze(
     drop: Annotated[
         float,
         typer.Option(
-            min=0, help="The loss of accuracy that a layer may cost.", rich_help_panel=_SCAN
+            min=0, max=1, help="The loss of accuracy that a layer may cost.", rich_help_panel=_SCAN
         ),
     ] = 0.01,
     out: o.Out = None,
@@ -233,6 +233,12 @@ def _scanned(console: Console, run: Run, drop: float, source: Source) -> dict[st
     shown = sensitivity_terminal(found, console.width, console.options.ascii_only, drop)
     for part in shown:
         console.print(part)
+    if first:
+        console.print(
+            "A proposal ends before the first ratio that costs more, even where a larger one costs "
+            "less.",
+            style="dim",
+        )
     console.print()
     if len(proposed) > 1:
         lost = percent(drop, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import signal
 import sys
 import traceback
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: the words after `fxprune`; None takes them from `sys.argv`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # names of files that the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with _signals() as received:
         try:
             with completion.whole_words():

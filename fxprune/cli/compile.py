@@ -179,15 +179,20 @@ def compile(
     )
     wanted = results.Wanted(latency=latency, batches=latency_batch, exports=export)
     folder = out or Path("fxprune-out") / f"{specs.slug(model)}-{method}"
+    inputs, files = source.inputs, values.ratio_files(ratio or ())
+    for file in files:  # guard: other ratios -> tests/cli/test_compile.py -k changed_file
+        inputs[f"--ratio {file}"] = file
     with (
         telling(as_json) as console,
-        opened(folder, "compile", ctx.obj, ctx.params, resume=resume, inputs=source.inputs) as run,
+        opened(folder, "compile", ctx.obj, ctx.params, resume=resume, inputs=inputs) as run,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
         title(console, f"{model} pruned by {method} - fxprune compile")
         if not run.finished:
             work(console, run, source, job, wanted)
+        else:
+            results.check_exports(run, wanted)
         document = results.show(console, run)
     if as_json:
         print_json(document)

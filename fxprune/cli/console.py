@@ -28,8 +28,22 @@ def telling(as_json: bool) -> Iterator[Console]:
     from rich.console import Console
 
     console = Console(stderr=as_json, highlight=False)
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    with _stdout_to_stderr() if as_json else contextlib.nullcontext():
         yield console
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What Python prints, and what children and libraries in C write to file descriptor 1."""
+    if sys.stdout is not None:  # closed by who started us
+        sys.stdout.flush()
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as restored:
+        with contextlib.suppress(OSError):  # a descriptor is closed: there is nothing to move
+            saved = os.dup(1)
+            restored.callback(os.close, saved)
+            restored.callback(os.dup2, saved, 1)
+            os.dup2(2, 1)
+        yield
 
 
 def print_json(document: Mapping[str, Any]) -> None:

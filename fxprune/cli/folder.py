@@ -2,7 +2,8 @@
 
 Promise: `run.json` says what to type to get the same again. A run that was stopped, by whatever,
          goes on when the same command is given again: scores that are known are not measured anew.
-         Only files of fxprune's own names are ever replaced or removed.
+         Only files of fxprune's own names are ever replaced or removed. With `--restart` they are
+         kept until the new run has something to show.
 Refuses: a folder with a finished run, with a run of other settings, or in which another run is at
          work; `--restart` replaces the first two.
 """
@@ -15,6 +16,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +49,7 @@ RESULTS = {
     "ratios.json": "what the layers bear: compile --ratio @ratios.json",
     RECORD: "the command, versions and settings",
 }
+_ASIDE = ".replaced"  # the files of an earlier run, until the new one has some of its own
 _WORKING = ("sensitivity.jsonl", *(f"checkpoint-{i}.safetensors" for i in range(1, 100)))
 # Settings that change what is told, or where and how fast, but not what comes out.
 _BESIDE = (
@@ -140,28 +143,58 @@ def opened(
 
     words: the command line. settings: all options by name. inputs: files that it reads, by option.
     resume: None goes on with an unfinished run and refuses a finished one; True gives a finished
-    one as it is; False removes what an earlier run left.
+    one as it is; False removes what an earlier run left, once the new one has written something.
     FxPruneError when the folder holds something that must not be replaced.
     """
     new = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         fresh = _record(command, words, settings, inputs)
-        if resume is False:
-            _clear(folder)
-        run = _continued(folder, fresh, bool(resume))
-        if run is None:
-            run = Run(folder, fresh)
-            run.write()
-        try:
-            yield run
-        except KeyboardInterrupt:
-            say(f"what was done is kept in {folder}: the same command goes on from there")
-            raise
-        except Exception:
-            if not run.resumed and not _started(folder):
-                _forget(folder, new)
-            raise
+        _recover(folder)
+        with _set_aside(folder) if resume is False else contextlib.nullcontext():
+            run = _continued(folder, fresh, bool(resume))
+            if run is None:
+                run = Run(folder, fresh)
+                run.write()
+            try:
+                yield run
+            except KeyboardInterrupt:
+                if resume is not False or _started(folder):
+                    say(f"what was done is kept in {folder}: the same command goes on from there")
+                raise
+            except BaseException:  # a user's model may call sys.exit
+                if not run.resumed and not _started(folder):
+                    _forget(folder, new)
+                raise
+
+
+@contextlib.contextmanager
+def _set_aside(folder: Path) -> Iterator[None]:
+    """Inside, the folder holds nothing of an earlier run; it is back when the new one did nothing."""
+    names = [n for n in (*_WORKING, *RESULTS) if (folder / n).exists()]  # `run.json` last
+    if not names:
+        yield
+        return
+    (folder / _ASIDE).mkdir(exist_ok=True)
+    for name in names:
+        os.replace(folder / name, folder / _ASIDE / name)
+    try:
+        yield
+    finally:
+        _recover(folder)
+
+
+def _recover(folder: Path) -> None:
+    """What was set aside comes back, or goes when the new run has something of its own."""
+    aside = folder / _ASIDE
+    if not aside.is_dir():
+        return
+    if not _started(folder):  # guard: the old run -> tests/cli/test_compile.py -k fails_restarted
+        (folder / RECORD).unlink(missing_ok=True)
+        for name in (*_WORKING, *RESULTS):
+            if (aside / name).exists():
+                os.replace(aside / name, folder / name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _started(folder: Path) -> bool:
@@ -187,10 +220,9 @@ def _continued(folder: Path, fresh: dict[str, Any], finished_too: bool) -> Run |
         return None
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        if old["schema_version"] != SCHEMA_VERSION or not isinstance(old["scores"], dict):
-            raise ValueError("it is of another version")
+        _check(old)  # guard: damaged records -> tests/cli/test_compile.py -k of_other_kinds
         state, settings = old["state"], old["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _occupied(folder, f"its {RECORD} cannot be read: {error}") from error
     if state != "finished" and not old["scores"] and not _started(folder):
         return None  # killed before it did anything
@@ -206,6 +238,25 @@ def _continued(folder: Path, fresh: dict[str, Any], finished_too: bool) -> Run |
         why = f"it holds {state} run with other settings: {'; '.join(differing[:4])}"
         raise _occupied(folder, why)
     return Run(folder, old, resumed=True)
+
+
+def _check(record: Any) -> None:
+    """ValueError unless that is what a run writes."""
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError("it is of another version")
+    kinds = {"command": str, "state": str, "settings": dict, "scores": dict, "seconds": float}
+    for key, kind in kinds.items():
+        value = record.get(key)
+        if not (_is_number(value) if kind is float else isinstance(value, kind)):
+            raise ValueError(f"its `{key}` is {_shown(value)}")
+    for stage, score in record["scores"].items():
+        if score is not None and not _is_number(score):
+            raise ValueError(f"its score `{stage}` is {_shown(score)}")
+
+
+def _is_number(value: object) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _occupied(folder: Path, why: str) -> FxPruneError:
@@ -227,12 +278,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _shown(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:36]} ..."
-
-
-def _clear(folder: Path) -> None:
-    """Remove what fxprune wrote here, and nothing else; `run.json` last."""
-    for name in (*_WORKING, *RESULTS):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _record(

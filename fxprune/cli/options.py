@@ -26,7 +26,10 @@ def _one_of(*choices: str) -> object:
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Seed = Annotated[
-    int, typer.Option(metavar="N", help="Seed of weights, batches and random choices.")
+    int,
+    typer.Option(
+        metavar="N", min=0, max=2**63 - 1, help="Seed of weights, batches and random choices."
+    ),
 ]
 Threads = Annotated[
     int | None,

@@ -57,12 +57,24 @@ def report(
     found = found_in(file)
     with telling(as_json) as console:
         if html is not None:
-            found.to_html(html)
+            _write_page(found, html)
         console.print(found)
         if html is not None:
             console.print(f"\nwritten: {html}", markup=False, soft_wrap=True)
     if as_json:
         print_json({"command": "report", "file": str(file), "report": found.to_dict()})
+
+
+def _write_page(found: Shown, html: Path) -> None:
+    """The page in its file; FxPruneError names that, not what it is called while it is written."""
+    try:
+        found.to_html(html)
+    except OSError as error:
+        raise FxPruneError(
+            f"the page cannot be written: {error.strerror or error}",
+            where=str(html),
+            fix="name a file in a folder that exists",
+        ) from error
 
 
 def found_in(file: Path) -> Shown:

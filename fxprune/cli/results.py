@@ -13,6 +13,7 @@ import fxprune
 from fxprune.cli.console import step, tell, tell_files
 from fxprune.cli.folder import Run
 from fxprune.cli.values import choice_of
+from fxprune.errors import OptionError
 from fxprune.latency import compare, environment, remarks
 from fxprune.report import Report, TimingRow
 from fxprune.views.words import as_fast
@@ -53,12 +54,18 @@ def measure(
     small = len(spec.shape) < 3 or spec.shape[-1] * spec.shape[-2] <= _SMALL
     first = next(pruned.parameters(), torch.zeros(()))
     example = spec.example().to(first.dtype)
-    report.timings = compare(
-        {"original": original, "pruned": pruned},
-        example,
-        batches=batches or (1, 64 if small else 8),
-        seconds=SECONDS,
-    )
+    try:
+        report.timings = compare(
+            {"original": original, "pruned": pruned},
+            example,
+            batches=batches or (1, 64 if small else 8),
+            seconds=SECONDS,
+        )
+    except (RuntimeError, MemoryError) as error:  # no memory for so many, or one size only
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        report.notes.append(f"latency is not measured: {why}; --latency-batch chooses other sizes")
+        tell(console, report.notes[-1])
+        return
     report.environment = environment(pruned)
     tell_timings(console, report.timings)
     m = report.metrics
@@ -84,6 +91,19 @@ def write(run: Run, pruned: Any, exports: Sequence[str] | None) -> None:
     run.put("report.json", pruned.report.to_json() + "\n")
     pruned.report.to_html(run.folder / "report.html")
     run.finish()
+
+
+def check_exports(run: Run, wanted: Wanted) -> None:
+    """A finished run is shown as it is; OptionError for an export that it did not write."""
+    for name in wanted.exports or ():
+        if not (run.folder / _EXPORTS[name]).is_file():
+            raise OptionError(
+                f"the finished run in {run.folder} has no {_EXPORTS[name]}",
+                where="--export",
+                why="a finished run is only shown",
+                fix=f'in Python, fxprune.export(fxprune.load(...), "{_EXPORTS[name]}"); or do all '
+                "of it anew with --restart",
+            )
 
 
 def show(console: Console, run: Run) -> dict[str, Any]:

@@ -101,7 +101,15 @@ def scratch(
     wanted = results.Wanted(latency=latency, batches=latency_batch, exports=export)
     if not file.exists():
         raise OptionError(f"there is no file `{file}`", where="FILE")
-    plan_file = next((p for p in (file / "plan.json", file) if p.is_file()), file)
+    places = (file / "plan.json", file / "net.safetensors", file)
+    plan_file = next((p for p in places if p.is_file()), None)
+    if plan_file is None:
+        raise OptionError(
+            f"the folder {file} holds no plan",
+            where="FILE",
+            why="looked for plan.json, net.safetensors",
+            fix="a run that was stopped has none: give its command again to go on",
+        )
     folder = out or Path("fxprune-out") / f"{specs.slug(model)}-scratch"
     inputs = {**source.inputs, "FILE": plan_file}
     with (
@@ -113,6 +121,8 @@ def scratch(
         title(console, f"{model} as in {file}, from fresh weights - fxprune scratch")
         if not run.finished:
             _work(console, run, source, plan_file, recipe, wanted)
+        else:
+            results.check_exports(run, wanted)
         document = results.show(console, run)
     if as_json:
         print_json(document)

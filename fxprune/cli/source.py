@@ -15,6 +15,7 @@ from fxprune import zoo
 from fxprune.cli import specs, values
 from fxprune.cli.weights import load_weights
 from fxprune.errors import FxPruneError, OptionError
+from fxprune.training.batches import as_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class Source:
         model = model.to(_device(self.device))
         example = self._example(model, loaders)
         if loaders is not None:
+            self._check_size(loaders)
             _check_fit(model, example, loaders)
         return Opened(model, example, loaders)
 
@@ -75,6 +77,17 @@ class Source:
         if self.input_size is None or not (self.data or "").startswith("imagefolder"):
             return None
         return values.size_of(self.input_size)[-2]
+
+    def _check_size(self, loaders: Any) -> None:
+        """What is measured must be the data's images; OptionError when --input-size differs."""
+        if self.input_size is None or values.size_of(self.input_size)[1:] == loaders.shape:
+            return
+        raise OptionError(  # guard: the data's size -> tests/cli/test_compile.py -k sizes_differ
+            f"--input-size {self.input_size} is not the size of the images of {loaders.name}",
+            where="--input-size",
+            why=f"they are {'x'.join(map(str, loaders.shape))}",
+            fix="leave it out; the data says it",
+        )
 
     def _options(self, loaders: Any) -> Mapping[str, specs.Value]:
         """Those set; for a network of the zoo, its classes and channels are those of the data."""
@@ -85,7 +98,7 @@ class Source:
         return {"num_classes": loaders.classes, "in_channels": loaders.shape[0], **options}
 
     def _example(self, model: nn.Module, loaders: Any) -> Tensor | None:
-        first = next(model.parameters(), torch.zeros(()))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if self.input_size is not None:
             shape = values.size_of(self.input_size)
         elif loaders is not None:
@@ -93,7 +106,7 @@ class Source:
         else:
             return None
         x = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
-        return x.to(first.device, first.dtype if first.is_floating_point() else torch.float32)
+        return as_floats(model, x.to(device))
 
 
 @dataclass(frozen=True)

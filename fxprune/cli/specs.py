@@ -196,7 +196,7 @@ def _module(file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _failed(f"{file.name} cannot be imported", error) from error
     return module
@@ -234,7 +234,7 @@ def _called(factory: Callable[..., Any], what: str, options: Mapping[str, Value]
         model = factory(**options)
     except FxPruneError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(f"{what} fails", error) from error
     if not isinstance(model, nn.Module):
         raise FxPruneError(
@@ -245,7 +245,7 @@ def _called(factory: Callable[..., Any], what: str, options: Mapping[str, Value]
     return model
 
 
-def _failed(what: str, error: Exception) -> FxPruneError:
+def _failed(what: str, error: BaseException) -> FxPruneError:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return FxPruneError(
         what,

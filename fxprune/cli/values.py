@@ -49,12 +49,12 @@ def preset_names(incomplete: str) -> list[tuple[str, str]]:
 
 def ratio_of(words: Sequence[str]) -> Ratio | None:
     """["0.3"] -> 0.3; ["layer1.*=0.1", "0.3"] -> {"layer1.*": 0.1, "*": 0.3}; "@FILE" reads a JSON
-    object of such pairs; nothing -> None."""
+    object of such pairs; nothing -> None. What the words name counts before what files name, and
+    an earlier file before a later one."""
     shares: dict[str, float] = {}
     rest: float | None = None
     for word in words:
         if word.startswith("@"):
-            shares |= {k: v for k, v in _ratios_in(Path(word[1:])).items() if k not in shares}
             continue
         pattern, equals, number = word.rpartition("=")
         share = _number(number, "--ratio", "--ratio 0.3, --ratio 'layer1.*=0.3' or --ratio @FILE")
@@ -70,15 +70,36 @@ def ratio_of(words: Sequence[str]) -> Ratio | None:
             )
         else:
             rest = share
+    if rest is not None and "*" in shares:
+        raise OptionError(
+            f"two shares for all layers were given, {rest:g} and *={shares['*']:g}",
+            where="--ratio",
+            fix="drop one",
+        )
+    for file in ratio_files(words):
+        for name, share in _ratios_in(file).items():
+            if name != "*" or rest is None:
+                shares.setdefault(name, share)
     if not shares:
         return rest
     return shares if rest is None else {**shares, "*": rest}
 
 
+def ratio_files(words: Sequence[str]) -> list[Path]:
+    """The files that --ratio reads."""
+    return [Path(word[1:]) for word in words if word.startswith("@")]
+
+
 def _ratios_in(file: Path) -> dict[str, float]:
+    if not file.exists():
+        raise OptionError(
+            f"there is no file `{file}`",
+            where=f"--ratio @{file}",
+            fix="analyze --sensitivity writes one: ratios.json",
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(
             f"no ratios can be read from `{file}`",
             where="--ratio",

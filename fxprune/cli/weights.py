@@ -2,11 +2,13 @@
 
 Promise: strict. Every tensor of the model comes from the file and every tensor of the file goes
          into the model; after an error the model is as before.
-Refuses: files with anything but tensors, and weights of another architecture, naming the tensors.
+Refuses: files with anything but plain tensors, and weights of another architecture or of other
+         kinds of numbers, naming the tensors.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +21,8 @@ from fxprune.errors import CheckpointError, OptionError
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # under which trainers keep the weights
-_PREFIX = "module."  # what DistributedDataParallel puts before every name
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel's and torch.compile's names
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # torch puts some into its messages
 _NAMED = 4  # tensors that a message names
 
 
@@ -34,8 +37,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
         for n in own
         if n in state and own[n].shape != state[n].shape
     ]
-    if missing or unexpected or shapes:  # guard: strict weights -> tests/cli/test_weights.py -k fit
-        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    kinds = [
+        f"{n} is {_dtype(state[n])}, not {_dtype(own[n])}"
+        for n in own
+        if n in state and _kind(own[n]) != _kind(state[n])
+    ]
+    if (
+        missing or unexpected or shapes or kinds
+    ):  # guard: strict weights -> tests/cli/test_weights.py -k fit
+        parts = (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("of another kind", kinds),
+        )
         raise CheckpointError(
             f"the weights do not fit this {type(model).__name__}",
             where=str(path),
@@ -61,23 +76,38 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             "the weights cannot be read",
             where=str(path),
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            why=f"{type(error).__name__}: {_first_line(error)}",
             fix="it must hold tensors only: save model.state_dict(), or a .safetensors file",
         ) from error
-    while isinstance(content, Mapping):
+    seen: list[Any] = []  # a wrapper may hold itself
+    while isinstance(content, Mapping) and not any(content is s for s in seen):
+        seen.append(content)
         inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
         if inner is None:
             break
         content = inner
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
         raise CheckpointError(
             "this file holds no state_dict",
             where=str(path),
             why=f"it holds {_described(content)}",
             fix="save model.state_dict()",
         )
-    if content and all(name.startswith(_PREFIX) for name in content):
-        return {name.removeprefix(_PREFIX): t for name, t in content.items()}
+    for name, t in content.items():
+        special = t.is_meta or t.layout != torch.strided or t.is_quantized
+        if special:  # guard: plain tensors -> tests/cli/test_weights.py -k not_plain
+            raise CheckpointError(
+                f"`{name}` is no plain tensor",
+                where=str(path),
+                why=f"it is {_special(t)}",
+                fix="save dense tensors that hold their numbers",
+            )
+    while content and (
+        prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in content)), "")
+    ):
+        content = {name.removeprefix(prefix): t for name, t in content.items()}
     return dict(content)
 
 
@@ -93,8 +123,34 @@ def _torch(path: Path) -> Any:  # whatever the file holds
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _first_line(error: Exception) -> str:
+    return (_COLOURS.sub("", str(error)).splitlines() or [""])[0]
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor counts in; within a kind, numbers are converted."""
+    if tensor.dtype.is_floating_point:
+        return "float"
+    if tensor.dtype.is_complex:
+        return "complex"
+    return "bool" if tensor.dtype == torch.bool else "integer"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _special(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "on the meta device, without numbers"
+    return "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+
+
 def _described(content: object) -> str:
     if isinstance(content, Mapping):
+        odd = next((k for k in content if not isinstance(k, str)), None)
+        if odd is not None:
+            return f"the name {odd!r}, which is no string"
         other = next((k for k, v in content.items() if not isinstance(v, Tensor)), None)
         return f"a {type(content[other]).__name__} under `{other}`"
     return f"a {type(content).__name__}"

@@ -59,9 +59,7 @@ def fetch(remote: Remote, folder: Path, title: str, also: str = "") -> Path:
     try:
         # The folder is made when the server has answered: no network, no empty folders.
         answer = urllib.request.urlopen(remote.url, timeout=_TIMEOUT)
-    except (
-        _NO_ANSWER
-    ) as error:  # guard: offline -> tests/datasets/test_downloads.py -k "network or 404"
+    except _NO_ANSWER as error:  # guard: offline -> tests/datasets -k "network or 404"
         raise _unreachable(remote, folder, title, also, error) from error
     with answer, _temporary(folder, remote.name) as (file, path):
         length = answer.headers.get("Content-Length", "")

@@ -58,7 +58,7 @@ class ImageFiles(Samples):
 
         try:
             image = default_loader(path)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+        except Exception as error:  # what Pillow raises for damaged and for huge files: all kinds
             raise DataError(
                 f"`{Path(path).name}` is not an image that can be read",
                 where=path,

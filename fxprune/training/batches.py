@@ -46,9 +46,12 @@ def pair(batch: object) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The model's output, [N, classes], when it is that and `y` fits it."""
+    """The model's output, [N, classes], when it is that and `y` fits it.
+
+    x is cast to the floating type of the model, where that is another.
+    """
     try:
-        logits = model(x)
+        logits = model(as_floats(model, x))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -75,6 +78,16 @@ def logits_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             fix="build the model with as many classes as the data has",
         )
     return logits
+
+
+def as_floats(model: nn.Module, x: Tensor) -> Tensor:
+    """`x` in the type of the model's first floating parameter; as it is where some parameter has
+    its type, or where it holds no floats."""
+    if not x.is_floating_point():
+        return x
+    own = (p.dtype for p in model.parameters() if p.is_floating_point())
+    first = next(own, x.dtype)
+    return x if x.dtype == first or x.dtype in own else x.to(first)
 
 
 def empty(epoch: int = 0) -> OptionError:

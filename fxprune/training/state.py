@@ -1,14 +1,15 @@
 """A training in a file: all that it takes to go on as if it had never stopped.
 
 Promise: what `save` wrote, `load` puts back bit for bit: parameters, buffers (those left out of
-         `state_dict()` too), momentum, the gradient scaler, random states, losses and scores. The
-         file is crash-safe safetensors with a SHA-256 (`fxprune.checkpoint`), never a pickle.
+         `state_dict()` too), momentum, the gradient scaler, random states, losses and scores (one
+         that is not finite comes back as nan). The file is crash-safe safetensors with a SHA-256 (`fxprune.checkpoint`), never a pickle.
 Refuses: a file of another recipe, model or loader, with CheckpointError that names the difference;
          nothing has been changed then.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
@@ -77,9 +78,9 @@ def save(
         "epoch": position.epoch,
         "step": position.step,
         "seen": position.seen,
-        "total": position.total,
+        "total": _finite(position.total),
         "losses": position.losses,
-        "scores": position.scores,
+        "scores": [_finite(score) for score in position.scores],
         "recipe": _plain(parts.recipe),
         "frozen": _frozen(parts),
         "batches": _length(parts.loader),
@@ -117,6 +118,8 @@ def load(path: StrPath, parts: Parts) -> tuple[Position, dict[str, Tensor], dict
         why = "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
         raise _foreign(path, why)
     position = Position(*(header[key] for key in ("epoch", "step", "seen", "total", "losses", "scores")))  # fmt: skip
+    position.total = _number(position.total)
+    position.scores = [_number(score) for score in position.scores]
     _fill(parts, groups["model"], groups["momentum"], header["scaler"])
     return position, groups["start"], groups["now"]
 
@@ -183,6 +186,15 @@ def _words(tensor: Tensor | None) -> str:
     if tensor is None:
         return "absent"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _finite(number: float) -> float | None:
+    """As JSON has it, which knows neither nan nor infinity."""
+    return number if math.isfinite(number) else None
+
+
+def _number(stored: float | None) -> float:
+    return math.nan if stored is None else stored
 
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def test_a_scan(net, run, document):
     )
     assert (code, err) == (0, "")
     assert "Ratios that cost at most 0.0 % each, by method" in told
+    assert "A proposal ends before the first ratio that costs more" in " ".join(told.split())
     line = "fxprune compile net.py:make --data digits --ratio @fxprune-out/make-sensitivity/ratios.json"
     assert line in told
     assert (out / "sensitivity.jsonl").read_bytes() == lines
@@ -118,6 +119,12 @@ def test_images_are_drawn_from_all_of_the_test_set(net):
     assert [len(x) for x, _ in batches] == [32, 18]
     assert torch.equal(batches[0][0], _images(opened, 50)[0][0])
     assert sum(len(x) for x, _ in _images(opened, 10_000)) == 360
+
+
+def test_a_drop_of_more_than_everything(net, run):
+    code, _, err = run("analyze", net, *SCAN, "--drop", "2")
+    assert code == 2
+    assert "--drop" in err
 
 
 @pytest.mark.parametrize(

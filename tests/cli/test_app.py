@@ -127,3 +127,16 @@ def test_the_module_runs():
     )
     assert done.returncode == 2
     assert "nonsense" in done.stderr
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    (tmp_path / "\u2192.py").write_text("def make():\n    raise ValueError('\u2192')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "fxprune.cli", "analyze", "\u2192.py:make"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 1
+    assert b"\\u2192.py" in done.stderr
+    assert b"Traceback" not in done.stderr

@@ -376,3 +376,140 @@ def test_weights_that_do_not_fit(net, run):
         "the weights do not fit this Sequential; at: w.safetensors; because: missing: 0.weight"
         in err
     )
+
+
+# ---- what may go wrong on the way ---------------------------------------------------------------
+
+
+def test_a_changed_file_of_ratios_is_another_run(net, run):
+    words = ("compile", net, "--input-size", "1x1x8x8", "--ratio", "@r.json", *QUICK)
+    for share, code in ((0.5, 0), (0.25, 1)):
+        Path("r.json").write_text(json.dumps({"0": share}))
+        got, _, err = run(*words, "--resume")
+        assert got == code, err
+    assert "r.json-sha256" in err
+
+
+def test_what_fails_restarted_leaves_the_old_run(net, run, document):
+    words = ("compile", net, "--input-size", "1x1x8x8", *QUICK)
+    first, _ = document(*words)
+    out = Path(first["out"])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, err = run(*words, "--restart", "--ignore", "none.*")
+    assert code == 1, err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # Killed between: what lies aside comes back with the next run.
+    (out / ".replaced").mkdir()
+    for name in before:
+        (out / name).rename(out / ".replaced" / name)
+    again, _ = document(*words, "--resume")
+    assert again["resumed"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_model_that_leaves_is_an_error(run):
+    Path("leaves.py").write_text("import sys\ndef make():\n    sys.exit(0)\n")
+    code, _, err = run("compile", "leaves.py:make", "--input-size", "1x1x8x8", *QUICK)
+    assert code == 1
+    assert "`make` of leaves.py fails; at: " in err
+    assert "because: SystemExit: 0" in err
+    assert not Path("fxprune-out").exists()
+    Path("imports.py").write_text("import sys\nsys.exit('bye')\n")
+    code, _, err = run("compile", "imports.py:make", "--input-size", "1x1x8x8", *QUICK)
+    assert code == 1
+    assert "imports.py cannot be imported" in err
+
+
+def test_sizes_differ_between_option_and_data(net, run):
+    words = ("compile", net, "--data", "digits", "--epochs", "0", *QUICK)
+    code, _, err = run(*words, "--input-size", "1x1x16x16")
+    assert code == 2
+    assert "--input-size 1x1x16x16 is not the size of the images of digits" in err
+    assert "they are 1x8x8; fix: leave it out" in err
+    assert run(*words, "--input-size", "2x1x8x8")[0] == 0
+
+
+def test_latency_that_cannot_be_measured_is_a_note(net, document, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("not enough memory: you tried to allocate 1 TB\nmore")
+
+    monkeypatch.setattr("fxprune.cli.results.compare", fails)
+    found, told = document("compile", net, "--input-size", "1x1x8x8", "--threads", "1")
+    note = (
+        "latency is not measured: not enough memory: you tried to allocate 1 TB; "
+        "--latency-batch chooses other sizes"
+    )
+    assert note in found["report"]["notes"]
+    assert "latency is not measured" in told
+    assert "net.safetensors" in found["files"]
+
+
+def test_an_export_of_a_finished_run(net, run):
+    words = ("compile", net, "--input-size", "1x1x8x8", *QUICK)
+    assert run(*words)[0] == 0
+    code, _, err = run(*words, "--resume", "--export", "pt2")
+    assert code == 2
+    assert "the finished run in fxprune-out/make-l1 has no net.pt2" in err
+    assert "do all of it anew with --restart" in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("command", None),
+        ("settings", []),
+        ("seconds", "abc"),
+        ("seconds", float("nan")),
+        ("scores", {"before": "good"}),
+        ("state", 1),
+        ("schema_version", 99),
+    ],
+)
+def test_a_record_of_other_kinds_is_told(key, value, net, run):
+    words = ("compile", net, "--input-size", "1x1x8x8", "--out", "out", *QUICK)
+    assert run(*words)[0] == 0
+    record = json.loads(Path("out/run.json").read_text())
+    Path("out/run.json").write_text(json.dumps({**record, key: value}))
+    code, _, err = run(*words, "--resume")
+    assert code == 1
+    assert "its run.json cannot be read: its" in err or key == "schema_version"
+    assert "run.json cannot be read" in err
+
+
+def test_stdout_is_the_document_alone_whatever_children_print():
+    Path("loud.py").write_text(
+        "import os, subprocess\nfrom torch import nn\n"
+        "def make():\n    os.write(1, b'from C\\n')\n    print('from Python')\n"
+        "    subprocess.run(['echo', 'from a child'])\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fxprune.cli", "compile", "loud.py:make"),
+            *("--input-size", "1x1x8x8", "--json", *QUICK),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert json.loads(done.stdout)["command"] == "compile", done.stderr
+    for words in ("from C", "from Python", "from a child"):
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_models_of_other_floats_train_and_score(dtype, net, document):
+    text = Path("net.py").read_text()
+    text += f"\n\ndef other():\n    return make().to(torch.{dtype})\n"
+    Path("net.py").write_text(text)
+    words = ("--data", "digits", "--epochs", "1", "--batch-size", "256", *QUICK)
+    found, _ = document("compile", "net.py:other", *words)
+    assert 0 <= found["report"]["stages"]["fine-tuned"] <= 1
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_seeds_of_more_than_63_bits(seed, net, run):
+    code, _, err = run("compile", net, "--seed", seed)
+    assert code == 2
+    assert "--seed" in err

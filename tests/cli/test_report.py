@@ -90,3 +90,10 @@ def test_a_plan_that_is_wrong_says_where(folder, run):
     assert code == 1
     assert "slices[0]" in err
     assert fxprune.PlanError.__name__ not in err
+
+
+def test_a_page_that_cannot_be_written_is_named(folder, run, tmp_path):
+    page = tmp_path / "none" / "x.html"
+    code, out, err = run("report", folder, "--html", page)
+    assert (code, out) == (1, "")
+    assert f"the page cannot be written: No such file or directory; at: {page}; fix:" in err

@@ -67,6 +67,17 @@ def test_another_architecture_is_refused(pruned, run):
     assert "the plan belongs to another architecture than this CifarResNet" in err
 
 
+def test_a_folder_with_the_network_alone(pruned, net, document, run):
+    words = (net, "--data", "digits", "--epochs", "1", *QUICK)
+    (pruned / "plan.json").unlink()
+    found, _ = document("scratch", pruned, *words)
+    assert "from scratch" in found["report"]["stages"]
+    (pruned / "net.safetensors").unlink()
+    code, _, err = run("scratch", pruned, *words)
+    assert code == 2
+    assert "the folder pruned holds no plan" in err
+
+
 def test_no_file(net, run):
     code, _, err = run("scratch", "gone.json", net, "--data", "digits")
     assert code == 2

@@ -21,7 +21,12 @@ def test_ratios(tmp_path):
     file = tmp_path / "ratios.json"
     file.write_text(json.dumps({"a": 0.5, "b": 0.6}))
     assert values.ratio_of([f"@{file}"]) == {"a": 0.5, "b": 0.6}
-    assert values.ratio_of(["a=0.1", f"@{file}"]) == {"a": 0.1, "b": 0.6}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"b": 0.7, "*": 0.2}))
+    for words in (["a=0.1", f"@{file}"], [f"@{file}", "a=0.1"]):  # what is named here counts
+        assert values.ratio_of(words) == {"a": 0.1, "b": 0.6}
+    both = values.ratio_of(["0.3", f"@{file}", f"@{other}", "c=0.1"])
+    assert list(both.items()) == [("c", 0.1), ("a", 0.5), ("b", 0.6), ("*", 0.3)]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,9 @@ def test_ratios(tmp_path):
         (["a=b"], "--ratio b is no number"),
         (["0.1", "0.2"], "two shares without a name"),
         (["a=0.1", "a=0.2"], "--ratio a= is given twice"),
-        (["@nowhere.json"], "no ratios can be read from `nowhere.json`"),
+        (["@nowhere.json"], "there is no file `nowhere.json`"),
+        (["@."], "no ratios can be read from `.`"),
+        (["*=0.3", "0.5"], r"two shares for all layers were given, 0.5 and \*=0.3"),
     ],
 )
 def test_ratios_that_make_no_sense(words, text):

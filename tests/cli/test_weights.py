@@ -29,6 +29,8 @@ def state():
         lambda s: {"state_dict": s, "epoch": 3},
         lambda s: {"model": s},
         lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
         lambda s: {"model": {"state_dict": {f"module.{k}": v for k, v in s.items()}}},
         lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     ],
@@ -112,3 +114,52 @@ def test_files_that_are_something_else(tmp_path):
         read_weights(tmp_path / "w.bin")
     with pytest.raises(OptionError, match="there is no file"):
         read_weights(tmp_path / "gone.pth")
+
+
+def test_a_wrapper_that_holds_itself(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="it holds a int under `epoch`"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_names_are_strings(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="it holds the name 0, which is no string"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.zeros(2, 2).to_sparse(), "it is sparse_coo"),
+        (torch.zeros(2, 2, device="meta"), "it is on the meta device, without numbers"),
+    ],
+)
+def test_tensors_that_are_not_plain(tensor, why, tmp_path):
+    torch.save({"0.weight": tensor}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"`0\.weight` is no plain tensor") as error:
+        read_weights(tmp_path / "w.pt")
+    assert error.value.why == why
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_other_kinds_of_numbers_do_not_fit(dtype, state, tmp_path):
+    state["0.weight"] = state["0.weight"].to(dtype)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="do not fit") as error:
+        load_weights(small(), tmp_path / "w.pt")
+    name = str(dtype).removeprefix("torch.")
+    assert error.value.why == f"of another kind: 0.weight is {name}, not float32"
+
+
+def test_messages_have_no_colours(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise ValueError("\x1b[1mbold\x1b[0m\nmore")
+
+    torch.save({}, tmp_path / "w.pt")
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(CheckpointError) as error:
+        read_weights(tmp_path / "w.pt")
+    assert error.value.why == "ValueError: bold"

@@ -221,3 +221,12 @@ def test_an_image_of_another_size(tiny):
     text = refused(lambda: list(data.load("tiny-imagenet", root=tiny).test))
     assert "`val_0.JPEG` has 32 x 16 pixels" in text
     assert "every image of this set has 64 x 64" in text
+
+
+def test_an_image_of_too_many_pixels_is_named(folder, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # 64 x 64 is more than twice that
+    text = refused(lambda: whole(data.load(f"imagefolder:{folder}", batch_size=2, size=28).train))
+    assert "is not an image that can be read" in text
+    assert "decompression bomb" in text

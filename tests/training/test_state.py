@@ -431,3 +431,16 @@ def test_a_resumed_run_counts_from_where_it_goes_on(saved, tmp_path, capsys):
     assert capsys.readouterr().err.count("epoch") == 3
     fit.train(Net(), loader(), RECIPE, progress="log", checkpoint=path)
     assert "epoch 4 of 4" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    batches = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))]
+    scores = iter([0.5, float("nan"), float("inf")])
+    words = {"evaluate": lambda _: next(scores), "checkpoint": tmp_path / "c", "progress": False}
+    train(model, batches, Recipe(epochs=3), **words)
+    assert read_tensors(tmp_path / "c")[0]["scores"] == [0.5, None, None]
+    known = train(model, batches, Recipe(epochs=3), **words).scores
+    assert known[0] == 0.5
+    assert all(score != score for score in known[1:])
