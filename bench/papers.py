@@ -83,7 +83,8 @@ def paper(name: str, weights: Path, out: Path, more: Sequence[str]) -> None:
         **{stage: 100 * score for stage, score in report["stages"].items()},
         **case.printed,
     }
-    where = here(torch.device("cpu"), torch.get_num_threads())
+    threads = json.loads((folder / "run.json").read_text())["settings"]["threads"]
+    where = here(torch.device("cpu"), threads or torch.get_num_threads())
     common = {
         "bench": "accuracy",
         "case": name,
