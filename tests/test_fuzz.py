@@ -385,7 +385,9 @@ def other_tensors(tensors: dict[str, torch.Tensor], changes: Any) -> dict[str, t
         elif change == "shape":
             tensors[name] = t.reshape(-1)
         elif change == "nan":
-            tensors[name] = torch.full_like(t, math.nan) if t.is_floating_point() else t - 1
+            tensors[name] = (
+                torch.full_like(t, math.nan) if t.is_floating_point() else torch.zeros_like(t)
+            )
         elif change == "copy":
             tensors[name] = tensors[word] = t
         elif change == "scalar":
