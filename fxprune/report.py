@@ -277,6 +277,8 @@ def _number(value: Any, kind: type, where: str) -> Any:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{where} is {type(value).__name__}, not a number")
+    if isinstance(value, int) and abs(value) >= 1 << 63:  # no float holds it, or none of its digits
+        raise ValueError(f"{where} is no number of a report")
     return value
 
 

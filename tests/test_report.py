@@ -428,3 +428,10 @@ class _Scan:
 
     def propose(self, drop=0.01):
         return {}
+
+
+def test_a_score_that_no_float_holds_is_refused():
+    data = sample().to_dict()
+    data["stages"] = {"before": 10**400}
+    with pytest.raises(FxPruneError, match=r"stages.* is no number of a report"):
+        Report.from_json(json.dumps(data))

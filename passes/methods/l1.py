@@ -138,8 +138,9 @@ def l1_scores(group: Any, weights: Sequence[Tensor], config: L1, evidence: Evide
         return torch.rand(len(group), generator=draws, dtype=torch.float64, device="cpu")
     if config.by == "weights":
         p = _NORMS[config.norm]
-        rows = [F.flatten(1).cpu().double() for F in weights]  # squares of 1e-23 are 0 in float32
-        parts = [torch.linalg.vector_norm(row, ord=p, dim=1) for row in rows]
+        # In float64: squares of 1e-23 are 0 in float32.
+        norms = [torch.linalg.vector_norm(F.flatten(1), p, 1, dtype=torch.float64) for F in weights]
+        parts = [norm.cpu() for norm in norms]
     else:
         parts = [maps[config.by] for maps in evidence.maps(group, config.samples)]
     s = torch.stack(parts).sum(0)  # s_j, [C] float64
