@@ -41,7 +41,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     with torch.no_grad():
         for s in plan.slices:
             t = tensors.tensor.get(s.tensor)
-            if t is None or s.dim >= t.dim() or s.size % t.shape[s.dim]:
+            if t is None or not _fits(t, s):
                 raise PlanError(
                     f"the plan cuts `{s.tensor}` of size {s.size} along dimension {s.dim}",
                     where=f"`{s.tensor}`",
@@ -51,6 +51,14 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
             if s.role == "in":
                 zero_inputs(t, s)
     return masked
+
+
+def _fits(t: Tensor, s: Slice) -> bool:
+    """Whether a tensor has that dimension; blocks share dimension 1, and divide dimension 0."""
+    if s.dim >= t.dim() or not t.shape[s.dim]:
+        return False
+    blocks, rest = divmod(s.size, t.shape[s.dim])
+    return not rest and (blocks == 1 or (s.dim == 1 and not t.shape[0] % blocks))
 
 
 def _copied(t: Tensor) -> Tensor:

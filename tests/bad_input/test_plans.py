@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,3 +195,13 @@ def test_a_plan_for_weights_that_changed_says_so(plan):
 
     pruned = fxprune.apply(net(), replace(plan, weights="changed"), X)
     assert any("sliced, not loaded" in note for note in pruned.report.notes)
+
+
+@pytest.mark.parametrize(("dim", "size"), [(2, 6), (1, 10), (1, 6 * 10**9), (4, 3)])
+def test_a_mask_needs_the_dimension_that_the_plan_names(dim, size):
+    """Only dimension 1 of a grouped weight may be shorter than what the plan says of it."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1)).eval()  # [4, 2, 3, 3]
+    plan = fxprune.compile(net, torch.randn(1, 4, 8, 8), budget=0.5, progress=False).plan
+    cut = replace(plan.slices[0], tensor="0.weight", dim=dim, role="in", size=size, keep=(0,))
+    with pytest.raises(fxprune.PlanError, match=f"of size {size} along dimension {dim}"):
+        fxprune.mask(net, replace(plan, slices=(cut,)))
