@@ -150,17 +150,21 @@ def _option(key: str, value: Any) -> str:
     return f"{name} {short(str(value))}"
 
 
+def _is_share(value: Any) -> bool:
+    """A number that percent can be said of: a report may hold any, also one that no float holds."""
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
 def _ratio(value: Any) -> str:
     """How much goes: of all groups, or by pattern."""
-    if isinstance(value, int | float):
+    if _is_share(value):
         return f"{100 * value:g} % of every group"
     if not isinstance(value, Mapping):
         return f"ratio {short(str(value))}"
-    shares = [v for v in value.values() if isinstance(v, int | float)]
+    shares = [v for v in value.values() if _is_share(v)]
     if len(value) <= _LISTED or len(shares) < len(value):
         listed = list(value.items())[:_LISTED]
         return " and ".join(
-            f"{100 * v:g} % of {short(k)}" if isinstance(v, int | float) else short(str(k))
-            for k, v in listed
+            f"{100 * v:g} % of {short(k)}" if _is_share(v) else short(str(k)) for k, v in listed
         )
     return f"{100 * min(shares):g} to {100 * max(shares):g} % of {len(value)} named parts"

@@ -80,3 +80,8 @@ def test_drops():
     assert words.dropped(0.01, True) == "1 point"
     assert words.dropped(0.005, True) == "0.5 points"
     assert words.dropped(0.25, False) == "0.25"
+
+
+@pytest.mark.parametrize("ratio", [10**400, {"a": 10**400}, float("nan"), -1])
+def test_a_ratio_that_is_no_share_is_shown_as_it_is(ratio):
+    assert "%" not in words.method_line("l1", {"ratio": ratio})
