@@ -18,6 +18,7 @@ from fxprune.cost import Cost
 from fxprune.errors import OptionError, OptionTypeError, PlanError, UnsupportedOpError
 from fxprune.evaluation import Evaluate, check_evaluate, score
 from fxprune.fit import Recipe
+from fxprune.graph import modes_kept
 from fxprune.groups import Analysis, analyze_model, state_of, tensors_fingerprint
 from fxprune.inputs import find_inputs, guessed, unwrap
 from fxprune.mask import mask as mask
@@ -155,8 +156,7 @@ def _fit(
     pruned: PrunedModule, fit: Recipe | Fit, data: Iterable[Any] | None, progress: bool
 ) -> None:
     """Train in place; every module's mode is as before."""
-    modes = [(m, m.training) for m in pruned.modules()]
-    try:
+    with modes_kept(pruned):
         if isinstance(fit, Recipe):
             assert data is not None
             training.train(pruned, data, fit, progress=progress)
@@ -164,9 +164,6 @@ def _fit(
             before = _tensors_of(pruned)
             returned = fit(pruned)
             _check_trained(pruned, before, returned)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _tensors_of(module: nn.Module) -> dict[str, tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import function_name, op_name, value_of
+from fxprune.graph import evaluating, function_name, op_name, value_of
 from fxprune.groups import Analysis, Array
 from fxprune.modes import ModeCall
 from fxprune.trace import Traced, batch_size, to_meta, twin
@@ -202,18 +202,13 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     inputs = pytree.tree_map(
         lambda v: v.to(device) if isinstance(v, Tensor) else v, tuple(example_inputs)
     )
-    modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for module, _ in modes:
-            module.training = False
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with evaluating(model), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes:
-            module.training = mode
     return int(counter.get_total_flops()) // 2 // batch_size(inputs)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxprune import fit
 from fxprune.errors import OptionTypeError
+from fxprune.graph import evaluating
 
 Evaluate = Callable[[nn.Module], float] | Iterable[Any]
 
@@ -18,23 +19,17 @@ def score(model: nn.Module, evaluate: Evaluate) -> float:
 
     Raises OptionTypeError when `evaluate` gives anything but one number.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for module, _ in modes:  # guard: eval -> tests/methods -k measured_in_eval
-            module.training = False
+    with evaluating(model):  # guard: eval -> tests/methods -k measured_in_eval
         given = evaluate(model) if callable(evaluate) else fit.accuracy(model, evaluate)
-        try:
-            return float(given)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise OptionTypeError(
-                f"evaluate gave a {type(given).__name__}",
-                where="evaluate",
-                why=f"it must give one number, the higher the better: {error}",
-                fix="return a float, such as the accuracy",
-            ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionTypeError(
+            f"evaluate gave a {type(given).__name__}",
+            where="evaluate",
+            why=f"it must give one number, the higher the better: {error}",
+            fix="return a float, such as the accuracy",
+        ) from error
 
 
 def check_evaluate(evaluate: object) -> None:

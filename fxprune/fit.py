@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fxprune.checkpoint import StrPath
 from fxprune.errors import FxPruneError, OptionError, OptionTypeError
+from fxprune.graph import modes_kept
 from fxprune.interrupts import Interrupts
 from fxprune.training import randomness
 from fxprune.training import state as training_state
@@ -105,7 +106,7 @@ def train(
         with (
             Interrupts(checkpoint is not None) as interrupts,
             _channels_last(model) if recipe.channels_last else nullcontext(),
-            _modes(model),
+            modes_kept(model),
             randomness.seeded(recipe.seed, device),
             meter(progress, "training", recipe.epochs) as shown,
         ):
@@ -291,7 +292,7 @@ def accuracies(
     device = _device(model)
     right = torch.zeros(len(topk), dtype=torch.int64, device=device)
     steps, seen = len(loader) if isinstance(loader, Sized) else 0, 0
-    with _modes(model), torch.no_grad(), meter(progress, "measuring", 1, unit="") as shown:
+    with modes_kept(model), torch.no_grad(), meter(progress, "measuring", 1, unit="") as shown:
         model.eval()
         for step, batch in enumerate(loader, 1):
             x, y = pair(batch)
@@ -317,7 +318,7 @@ def _score(model: nn.Module, evaluate: Evaluate) -> float:
     """What `evaluate` says of the model, in eval mode."""
     if not callable(evaluate):
         return accuracy(model, evaluate)
-    with _modes(model):
+    with modes_kept(model):
         return float(evaluate(model.eval()))
 
 
@@ -382,17 +383,6 @@ def _normalises(model: nn.Module) -> bool:
     """Whether some batch norm takes its statistics from the batch."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return any(m.training for m in norms)
-
-
-@contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its training flag back at the end."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

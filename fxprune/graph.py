@@ -6,7 +6,8 @@ Nothing here knows about pruning.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -194,3 +195,23 @@ def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def get_path(root: nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     return operator.attrgetter(path)(root) if path else root
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its training flag back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, each module's own mode afterwards; not model.eval(), which users override."""
+    with modes_kept(model):
+        for module in model.modules():
+            module.training = False
+        yield

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import OptionError, OptionTypeError
+from fxprune.graph import evaluating
 from fxprune.report import TimingRow
 
 
@@ -105,22 +107,17 @@ def compare(
             raise OptionError(
                 f"a batch size is {batch}", where="batches", why="it must be at least 1"
             )
-    modes = [(m, m.training) for network in networks.values() for m in network.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        rows = []
-        with torch.inference_mode():
-            for batch in sorted(set(batches)):
-                calls = _calls(networks, _noise(example, batch))
-                fitting = _fitting(calls, rounds, seconds)
-                timings = latency(calls, rounds=fitting, warmup=2, min_seconds=min_seconds)
-                for name, t in timings.items():
-                    rows.append(TimingRow(name, batch, 1e3 * t.median, 1e3 * t.p20, 1e3 * t.p80))
-        return rows
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    rows = []
+    with ExitStack() as stack, torch.inference_mode():
+        for network in networks.values():
+            stack.enter_context(evaluating(network))
+        for batch in sorted(set(batches)):
+            calls = _calls(networks, _noise(example, batch))
+            fitting = _fitting(calls, rounds, seconds)
+            timings = latency(calls, rounds=fitting, warmup=2, min_seconds=min_seconds)
+            for name, t in timings.items():
+                rows.append(TimingRow(name, batch, 1e3 * t.median, 1e3 * t.p20, 1e3 * t.p80))
+    return rows
 
 
 def environment(network: nn.Module) -> str:

@@ -152,7 +152,6 @@ class Sensitivity:
             title=f"{self.model}: each group cut alone",
             baseline=self.baseline,
             curves=self.curves,
-            proposals=self.propose(drop),
             drop=drop,
         )
         figure.savefig(path)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import VerifyError
+from fxprune.graph import evaluating
 
 BOUND_64, BOUND_32 = 1e-9, 1e-4
 
@@ -85,19 +86,12 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> l
     def cast(v: Any) -> Any:
         return v.detach().to(device, dtype if v.is_floating_point() else v.dtype)
 
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            outputs = torch.func.functional_call(
-                model,
-                {name: cast(t) for name, t in tensors.items()},
-                pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, inputs),
-            )
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        outputs = torch.func.functional_call(
+            model,
+            {name: cast(t) for name, t in tensors.items()},
+            pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, inputs),
+        )
     return [
         t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()
     ]

@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 
 import pytest
+from documents import plan_document
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -115,31 +116,6 @@ def test_round_trip(plan):
 # ---- one plan in full ---------------------------------------------------------------------------
 
 
-def document():
-    """The document of the schema, with one of everything."""
-    return {
-        "schema_version": 1,
-        "fxprune_version": "0.1.0",
-        "method": {"name": "l1", "order": "smallest", "ratio": None},
-        "budget": {"macs": 0.5},
-        "scope": "all",
-        "seed": 0,
-        "fingerprint": {"tensors": "ab", "graph": "cd"},
-        "weights": "cut",
-        "slices": [
-            {"tensor": "conv.weight", "dim": 0, "role": "out", "size": 6, "keep": [0, 2, 3, 5]},
-            {"tensor": "conv.weight", "dim": 1, "role": "in", "size": 4, "keep": [0, 1, 3]},
-        ],
-        "groupings": [
-            {"tensor": "conv.weight", "rows": [[0, 3], [2, 5]], "cols": [[0, 1], [1, 3]]}
-        ],
-        "folds": [{"conv": "conv", "bn": "bn", "compactor": False}],
-        "inexact": [{"node": "mean_3", "why": "because"}],
-        "frozen": [{"node": "view_3", "why": "it must"}],
-        "metrics": {"macs_before": 9, "macs_after": 4, "params_before": 8, "params_after": 3},
-    }
-
-
 def refused(call, *words):
     with pytest.raises(PlanError) as caught:
         call()
@@ -152,7 +128,7 @@ def refused(call, *words):
 
 def at(path, value):
     """The document with one place changed (`...`: taken out)."""
-    data = place = document()
+    data = place = plan_document()
     *parents, last = path
     for key in parents:
         place = place[key]
@@ -164,9 +140,9 @@ def at(path, value):
 
 
 def test_the_document_is_read_and_written_as_it_is():
-    plan = Plan.from_dict(document())
-    assert plan.to_dict() == document()
-    assert plan.to_json() == json.dumps(document(), separators=(",", ":"))
+    plan = Plan.from_dict(plan_document())
+    assert plan.to_dict() == plan_document()
+    assert plan.to_json() == json.dumps(plan_document(), separators=(",", ":"))
     assert plan.keep("conv.weight", 1) == (0, 1, 3)
     assert plan.keep("conv.weight", 2) is None
     assert plan.slices[0] == Slice("conv.weight", 0, "out", 6, (0, 2, 3, 5))
@@ -174,7 +150,7 @@ def test_the_document_is_read_and_written_as_it_is():
 
 
 def test_text_does_not_depend_on_the_order_in_which_mappings_were_made():
-    plan = Plan.from_dict(document())
+    plan = Plan.from_dict(plan_document())
     turned = replace(
         plan,
         method=dict(reversed(plan.method.items())),
@@ -188,7 +164,7 @@ def test_text_does_not_depend_on_the_order_in_which_mappings_were_made():
 
 
 def test_what_to_dict_gives_is_a_copy():
-    plan = Plan.from_dict(document() | {"method": {"name": "x", "deep": {"list": [1]}}})
+    plan = Plan.from_dict(plan_document() | {"method": {"name": "x", "deep": {"list": [1]}}})
     text, data = plan.to_json(), plan.to_dict()
     data["folds"][0]["conv"] = data["frozen"][0]["node"] = data["slices"][0]["role"] = "changed"
     data["slices"][0]["keep"].clear()
@@ -198,7 +174,7 @@ def test_what_to_dict_gives_is_a_copy():
 
 
 def test_reading_copies_too():
-    data = document() | {"method": {"name": "x", "deep": {"list": [1]}}}
+    data = plan_document() | {"method": {"name": "x", "deep": {"list": [1]}}}
     plan = Plan.from_dict(data)
     data["method"]["deep"]["list"].append(2)
     assert plan.method == {"name": "x", "deep": {"list": [1]}}
@@ -237,7 +213,7 @@ LEVELS = [
 @pytest.mark.parametrize(("path", "where"), LEVELS, ids=lambda v: str(v))
 def test_unknown_and_missing_keys_at_every_level(path, where):
     refused(lambda: Plan.from_dict(at((*path, "x"), 1)), "unknown key 'x'", where, "the keys are")
-    level = document()
+    level = plan_document()
     for key in path:
         level = level[key]
     for key in level:
@@ -334,7 +310,7 @@ def test_wrong_values(path, value, words):
 
 
 def test_rows_of_an_uncut_tensor_partition_all_outputs():
-    data = document()
+    data = plan_document()
     del data["slices"][0]
     refused(lambda: Plan.from_dict(data), "a partition of the kept outputs")
     data["groupings"][0]["rows"] = [[0, 3], [1, 2]]
@@ -343,27 +319,27 @@ def test_rows_of_an_uncut_tensor_partition_all_outputs():
 
 @pytest.mark.parametrize("key", ["slices", "groupings", "folds"])
 def test_entries_that_appear_twice(key):
-    data = document()
+    data = plan_document()
     data[key].append(copy.deepcopy(data[key][0]))
     refused(lambda: Plan.from_dict(data), "appears twice", key)
 
 
 @pytest.mark.parametrize("key", ["conv", "bn"])
 def test_a_module_folds_once(key):
-    data = document()
+    data = plan_document()
     data["folds"].append({"conv": "other", "bn": "another", "compactor": True})
     Plan.from_dict(data)
     data["folds"][1][key] = data["folds"][0][key]
     refused(lambda: Plan.from_dict(data), f"'{key}' appears twice", "folds")
 
 
-@pytest.mark.parametrize("value", [None, [], "x", 1, [document()]], ids=str)
+@pytest.mark.parametrize("value", [None, [], "x", 1, [plan_document()]], ids=str)
 def test_a_document_that_is_no_object(value):
     refused(lambda: Plan.from_json(json.dumps(value)), "`plan` is", "an object")
 
 
 def test_a_newer_plan_is_told_apart_also_when_it_has_other_keys():
-    data = document() | {"schema_version": 2, "novelty": 1}
+    data = plan_document() | {"schema_version": 2, "novelty": 1}
     refused(lambda: Plan.from_dict(data), "schema_version 2, newer than 1", "upgrade fxprune")
     del data["metrics"]
     refused(lambda: Plan.from_json(json.dumps(data)), "upgrade fxprune")
@@ -372,7 +348,7 @@ def test_a_newer_plan_is_told_apart_also_when_it_has_other_keys():
 def test_long_values_are_shortened_in_the_message():
     text = refused(lambda: Plan.from_dict(at(("seed",), list(range(10**5)))), "`seed` is [0, 1")
     assert len(text) < 400
-    text = refused(lambda: Plan.from_dict(document() | {"k" * 10**6: 1}), "unknown key")
+    text = refused(lambda: Plan.from_dict(plan_document() | {"k" * 10**6: 1}), "unknown key")
     assert len(text) < 600
 
 
@@ -397,7 +373,7 @@ def test_long_values_are_shortened_in_the_message():
         ("[" * 65 + "]" * 65, "nested too deeply"),
         ("[" * 10**6, "nested too deeply"),
         ('{"a":' * 10**5 + "1" + "}" * 10**5, "nested too deeply"),
-        (json.dumps(document()).encode("utf-16"), "not a JSON document"),
+        (json.dumps(plan_document()).encode("utf-16"), "not a JSON document"),
     ],
     ids=lambda v: str(v)[:20],
 )
@@ -424,13 +400,13 @@ def test_text_of_another_type_and_of_absurd_size(monkeypatch):
 
 
 def test_every_truncation_is_refused():
-    text = Plan.from_dict(document()).to_json()
+    text = Plan.from_dict(plan_document()).to_json()
     for length in range(len(text)):
         refused(lambda: Plan.from_json(text[:length]), "not a JSON document", "truncated")  # noqa: B023
 
 
 def test_a_plan_that_json_cannot_hold_is_not_written():
-    plan = replace(Plan.from_dict(document()), method={"name": "x", "scores": float("inf")})
+    plan = replace(Plan.from_dict(plan_document()), method={"name": "x", "scores": float("inf")})
     refused(plan.to_json, "`method.scores` is inf")
     plan = replace(plan, method={"name": "x", "pair": (1, 2)})
     assert Plan.from_json(plan.to_json()).method == {"name": "x", "pair": [1, 2]}

@@ -478,16 +478,12 @@ def sensitivity_figure(
     title: str,
     baseline: float,
     curves: Sequence[Curve],
-    proposals: Mapping[str, float],
     drop: float,
-    notes: Sequence[str] = (),
 ) -> Figure:
     """The drawings of `sensitivity_page` as one figure in light colours, to save as SVG or PNG.
 
-    Arguments as there; save it with `figure.savefig(path)`. proposals and notes are words: they
-    stand in the page only.
+    Arguments as there; save it with `figure.savefig(path)`.
     """
-    del proposals, notes
     with plots.settings(plots.PRINTED):
         figure = plots.draw_scan(title=title, baseline=baseline, curves=curves, drop=drop)
         figure.draw_without_rendering()  # labels are made now, while these settings hold

@@ -341,7 +341,6 @@ def test_a_figure_can_be_saved(tmp_path):
             title="Sensitivity of $ResNet$",
             baseline=scanned.baseline,
             curves=scanned.curves,
-            proposals={},
             drop=0.01,
         )
         with matplotlib.rc_context({"text.usetex": True}):
@@ -380,7 +379,7 @@ def test_means_far_below_the_middle_half_are_drawn():
         for i in range(8)
     ]
     curves += [Curve(c.name, 8, "l1 largest", c.points) for c in curves]
-    figure = sensitivity_figure(title="Net", baseline=0.9, curves=curves, proposals={}, drop=0.01)
+    figure = sensitivity_figure(title="Net", baseline=0.9, curves=curves, drop=0.01)
     axes = figure.axes[2]
     low, high = axes.get_ylim()
     for line in axes.get_lines():
