@@ -24,17 +24,23 @@ COLUMNS = (
     "bench", "case", "provider", "p20", "p50", "p80", "unit", "rounds", "shape", "dtype", "threads",
     "device", "torch", "commit", "date",
 )  # fmt: skip
+# results/models.csv is a document of its own (`models.py --table`); these two are no timings
+PEERS = (
+    "library", "model", "ratio", "provider", "shape", "macs_before", "macs_after", "error", "failure",
+    "seconds", "threads", "device", "torch", "commit", "date",
+)  # fmt: skip
+APART = ("models", "peers")
 SPAN = re.compile(r"(<!-- bench:(?P<stem>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 Row = dict[str, str]
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """The rows of one file; every column must be there, and no other."""
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
         rows = list(reader)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path.name}: the columns are {reader.fieldnames}, not {list(COLUMNS)}")
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+        raise ValueError(f"{path.name}: the columns are {reader.fieldnames}, not {list(columns)}")
     return rows
 
 
@@ -202,6 +208,44 @@ def stale_figures(results: Path) -> dict[Path, list[Row]]:
     }
 
 
+# --- peers: the same cut by two tools, and how far each is from the masked original -------------------
+
+
+def render_peers(rows: Sequence[Row]) -> str:
+    """A line per network; per tool its error or failure, the MACs left, and the seconds."""
+    by = {(r["library"], r["model"], r["ratio"], r["provider"]): r for r in rows}
+    tools = sorted(
+        dict.fromkeys(r["provider"] for r in rows), key=lambda t: t.startswith("fxprune")
+    )
+    lines = []
+    for case in dict.fromkeys(key[:3] for key in by):
+        cells = [f"{case[0]} {case[1]}", case[2]]
+        for tool in tools:
+            cells += peer_cells(by.get((*case, tool)))
+        lines.append(cells)
+    head = ["network", "ratio"]
+    for tool in tools:
+        head += [f"{tool}: relative error", "MACs left", "seconds"]
+    rule = ["---", "---:", *["---:"] * (len(head) - 2)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+    one = [{**row, "unit": "seconds", "dtype": "float64"} for row in rows]
+    return f"{text}\n\n{caption(one, '')}"
+
+
+def peer_cells(row: Row | None) -> list[str]:
+    """Three cells; an error that is more than rounding is bold."""
+    if row is None:
+        return ["-"] * 3
+    left = (
+        f"{float(row['macs_after']) / float(row['macs_before']):.0%}" if row["macs_after"] else "-"
+    )
+    if row["failure"]:
+        said = row["failure"].partition(" | ")[0].replace("|", "\\|")
+        return [f"fails: {said[:100]}", left, row["seconds"] or "-"]
+    error = row["error"] if float(row["error"]) <= 1e-9 else f"**{row['error']}**"
+    return [error, left, row["seconds"]]
+
+
 # --- every file -------------------------------------------------------------------------------------
 
 
@@ -222,7 +266,10 @@ def splice(text: str, results: Path) -> str:
         path = results / f"{span['stem']}.csv"
         if not path.exists():
             raise FileNotFoundError(f"a table is wanted for bench:{span['stem']}, but there is no {path.name}")  # fmt: skip
-        made = (render_latency if span["stem"] == "latency" else render)(read(path))
+        if span["stem"] == "peers":
+            made = render_peers(read(path, PEERS))
+        else:
+            made = (render_latency if span["stem"] == "latency" else render)(read(path))
         return f"{span[1]}\n{made}\n\n{span[3]}"
 
     return SPAN.sub(fresh, text)

@@ -4,7 +4,7 @@
 >>> pruned = fxprune.compile(model, method="l1", budget=0.5)  # doctest: +SKIP
 """
 
-from fxprune import methods
+from fxprune import extend, methods
 from fxprune._version import __version__
 from fxprune.api import analyze, apply, compile, load, mask, save
 from fxprune.budget import Budget
@@ -21,13 +21,14 @@ from fxprune.errors import (
     VerifyError,
 )
 from fxprune.export import export
+from fxprune.extend import register_refit, register_rewrite, register_rule
 from fxprune.fit import Recipe
-from fxprune.flow import rule as register_rule
 from fxprune.groups import Analysis
 from fxprune.plan import Plan
 from fxprune.pruned import PrunedModule
 from fxprune.recalibrate import recalibrate
 from fxprune.sensitivity import Sensitivity, sensitivity
+from fxprune.splice import splice
 
 __all__ = [
     "Analysis",
@@ -51,11 +52,15 @@ __all__ = [
     "apply",
     "compile",
     "export",
+    "extend",
     "load",
     "mask",
     "methods",
     "recalibrate",
+    "register_refit",
+    "register_rewrite",
     "register_rule",
     "save",
     "sensitivity",
+    "splice",
 ]

@@ -19,7 +19,7 @@ from fxprune.errors import OptionError, OptionTypeError, PlanError, UnsupportedO
 from fxprune.evaluation import Evaluate, check_evaluate, score
 from fxprune.fit import Recipe
 from fxprune.graph import modes_kept
-from fxprune.groups import Analysis, analyze_model, state_of, tensors_fingerprint
+from fxprune.groups import Analysis, analyze_model, by_head_dims, state_of, tensors_fingerprint
 from fxprune.inputs import find_inputs, guessed, unwrap
 from fxprune.mask import mask as mask
 from fxprune.plan import Plan
@@ -34,20 +34,26 @@ Inputs = Tensor | tuple[Any, ...] | None
 Fit = Callable[[PrunedModule], object]  # trains in place
 
 
-def analyze(model: nn.Module, example_inputs: Inputs = None) -> Analysis:
+def analyze(
+    model: nn.Module, example_inputs: Inputs = None, *, scope: str | Sequence[str] = "all"
+) -> Analysis:
     """Which channels of `model` live or die together, which are frozen, and why.
 
-    example_inputs: a tensor or tuple, found as in `compile` when omitted. Prints as a table; see
+    example_inputs: a tensor or tuple, found as in `compile` when omitted. scope: as in `compile`; here
+    only "head-dims" tells (attention by dimensions of all heads, not by whole heads). Prints as a table; see
     `Analysis.groups`, `.frozen`, `.plan(...)`, `.to_networkx()`. Raises TraceError.
     """
     model, _ = unwrap(model)
     inputs, _ = find_inputs(model, example_inputs, None)
-    return _analyze(model, inputs)
+    check_scope(scope, ())
+    return _analyze(model, inputs, scope)
 
 
-def _analyze(model: nn.Module, inputs: tuple[Any, ...]) -> Analysis:
+def _analyze(
+    model: nn.Module, inputs: tuple[Any, ...], scope: str | Sequence[str] = "all"
+) -> Analysis:
     lineage = model.origin.lineage if isinstance(model, PrunedModule) else None
-    return analyze_model(model, inputs, lineage)
+    return analyze_model(model, inputs, lineage, by_head_dims(scope))
 
 
 def compile(
@@ -75,7 +81,9 @@ def compile(
     method: a name ("l1"), a config (`fxprune.methods.L1(ratio=0.3)`), or `(group, weights) -> scores`.
     budget: what may remain, as a fraction of the MACs, or a `Budget`. None: the config's own ratio,
         else 0.5 of the MACs.
-    scope: "all", "free" (no channels that an addition couples), or patterns of names.
+    scope: "all", "free" (no channels that an addition couples), or a list of patterns of names and of
+        kinds: "heads", "head-dims" (the same dimensions of all heads, instead of whole heads),
+        "mlp", "embedding", "stage", "experts", "channels".
     ignore: fnmatch patterns of module or parameter names, or `filter_fn(module, name) -> bool`
         (True: may be pruned); freezes output channels.
     align: kept counts are multiples of it (or whole widths).
@@ -111,7 +119,7 @@ def compile(
     for number in range(1, chosen.steps + 1):
         which = f", step {number} of {chosen.steps}" if chosen.steps > 1 else ""
         with steps.step("analyse"):
-            analysis = _analyze(network, inputs)
+            analysis = _analyze(network, inputs, scope)
         first = first or first_step(analysis)
         # Names and classes of modules are those of the user's model, also in later steps.
         ignore = resolved(analysis, ignore)  # guard: ignore once -> tests/methods -k stay_ignored
@@ -286,7 +294,7 @@ def _apply(model: nn.Module, plan: Plan, inputs: tuple[Any, ...], notes: list[st
     _check_tensors(model, plan)  # guard: fingerprint -> tests/bad_input/test_plans.py -k another
     steps = pipeline.Progress(False)
     with steps.step("analyse"):
-        analysis = _analyze(model, inputs)
+        analysis = _analyze(model, inputs, plan.scope)
     keep = mask_of(analysis, plan)
     if analysis.fingerprint != dict(plan.fingerprint):
         notes = [

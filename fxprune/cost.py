@@ -58,7 +58,7 @@ class Cost:
 
     rows_per_class: Any  # csr [kinds of slots, classes]: how many rows belong to a class
     mac_factors: Array
-    mac_dims: Array  # int [terms, 2]: kinds of slots; the last one always counts 1
+    mac_dims: Array  # int [terms, dims]: kinds of slots; the last one always counts 1
     param_factors: Array
     param_dims: Array
     fixed_macs: int
@@ -67,19 +67,20 @@ class Cost:
     def of(cls, analysis: Analysis) -> Cost:
         """Collect the terms of an analysed graph."""
         slots = analysis.slots
+        terms = analysis.flow.ledger.macs
         kinds = {id(s.ids): s.ids for s in slots}  # coupled tensors share their ids: count once
+        kinds |= {id(ids): ids for t in terms for ids in t.dims}
         row = {key: i for i, key in enumerate(kinds)}
         index = {(s.tensor, s.dim): row[id(s.ids)] for s in slots}
         size = {(s.tensor, s.dim): s.size for s in slots}
         one = len(kinds)
-        classes = [analysis.classes(ids) for ids in kinds.values()]
+        classes = [analysis.classes(ids).ravel() for ids in kinds.values()]
         rows = np.repeat(np.arange(one), [len(c) for c in classes])
         cols = np.concatenate([*classes, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         rows, cols = np.append(rows, one), np.append(cols, analysis.class_of[0])
         incidence = csr_matrix(
             (np.ones(len(rows)), (rows, cols)), shape=(one + 1, len(analysis.stays))
         )
-        terms = analysis.flow.ledger.macs
         params = retained_parameters(analysis.traced)
         by_tensor: dict[str, list[tuple[str, int]]] = {}
         for key in index:
@@ -92,9 +93,9 @@ class Cost:
         return cls(
             rows_per_class=incidence,
             mac_factors=np.array([t.factor for t in terms]),
-            mac_dims=_pairs([[index[d] for d in t.dims] for t in terms], one),
+            mac_dims=_padded([[row[id(d)] for d in t.dims] for t in terms], one),
             param_factors=np.array(factors),
-            param_dims=_pairs(dims, one),
+            param_dims=_padded(dims, one),
             fixed_macs=_fixed_macs(analysis),
         )
 
@@ -110,11 +111,14 @@ class Cost:
         if not len(factors):
             return 0
         count = self.rows_per_class @ keep.astype(np.float64)
-        return round(float((factors * count[dims[:, 0]] * count[dims[:, 1]]).sum()))
+        return round(float((factors * count[dims].prod(axis=1)).sum()))
 
 
-def _pairs(dims: list[list[int]], one: int) -> Array:
-    return np.array([[*d, one, one][:2] for d in dims], dtype=np.int64).reshape(-1, 2)
+def _padded(dims: list[list[int]], one: int) -> Array:
+    """Rows of one length: int64 [terms, most dims of a term]."""
+    most = max(map(len, dims), default=0)
+    rows = [d + [one] * (most - len(d)) for d in dims]
+    return np.array(rows, dtype=np.int64).reshape(len(dims), most)
 
 
 def retained_tensors(traced: Traced) -> dict[str, Tensor]:

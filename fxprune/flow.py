@@ -7,7 +7,7 @@ report names the node and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import first_argument, op_name, value_of
-from fxprune.labels import Label, Ledger, uncut
-from fxprune.symbolic import LEAVES
+from fxprune.graph import first_argument, op_name, own_key, value_of
+from fxprune.labels import UNCUT, Label, Ledger, Part, uncut
+from fxprune.symbolic import LEAF_CLASSES, LEAVES
 from fxprune.trace import Traced, assertion
 
 Value = Any  # Label, or a tuple of values, or None for what is not a tensor
@@ -43,6 +43,66 @@ class Flow:
         label = self.of(first_argument(node))
         return label if label is not None else uncut(getattr(value_of(node), "shape", ()))
 
+    def bind(
+        self,
+        node: Node,
+        label: Label,
+        axes: Sequence[int],
+        *,
+        role: str = "out",
+        producer: bool = False,
+    ) -> Label:
+        """A tensor made of parameters takes ids along `axes`, on which what it meets has channels.
+
+        Of a parameter that has several dimensions there, the first takes ids and the others stay.
+        Labels of activations are returned as they are.
+        """
+        if not label.parts or not label.uncut:
+            return label
+        met = [p for p in label.parts if any(p.index.shape[d] > 1 for d in axes)]
+        first: dict[str, int] = {}
+        for part in met:
+            first.setdefault(part.tensor, part.dim)
+        bound: list[Tensor] = []
+        for part in met:
+            if first[part.tensor] == part.dim:
+                bound.append(self._placed(node, part, role, producer))
+        if not bound:
+            return Label(label.shape, label.ids)
+        ids, *others = bound
+        for other in others:
+            both = (ids != UNCUT) & (other != UNCUT)
+            if bool(both.any()):
+                a, b = torch.broadcast_tensors(ids, other)
+                self.ledger.couple(a[both], b[both], node)
+            ids = torch.where(ids != UNCUT, ids, other)
+        beside = [d for d in range(ids.dim()) if ids.shape[d] > 1 and d not in axes]
+        why = f"part of `{met[0].tensor}` is read whole"
+        return Label(label.shape, self.ledger.couple_along(ids, beside, node, why))
+
+    def couple_all(self, node: Node, labels: Sequence[Label]) -> Tensor:
+        """Tensors that lie beside each other are cut alike; returns the ids that they share."""
+        widest = max(labels, key=lambda label: label.ids.numel())
+        for other in labels:
+            why = "it lies beside a tensor whose channels cannot be cut"
+            self.ledger.couple(widest.ids, other.ids, node, why)
+        return widest.ids
+
+    def _placed(self, node: Node, part: Part, role: str, producer: bool) -> Tensor:
+        """The ids of one dimension of a parameter, where they lie in a tensor made of it."""
+        ledger = self.ledger
+        if part.key in ledger.made:
+            ledger.claimed.add((*part.key, node))
+            ledger.bound.add(part.key)
+            ids = ledger.made[part.key]
+            return torch.where(part.index >= 0, ids[part.index.clamp(min=0)], UNCUT)
+        length = ledger.tensors.tensor[part.tensor].shape[part.dim]
+        known = ledger.slots.get(part.key)
+        ids = known.ids if known else ledger.fresh(length)
+        ids = ledger.slot(part.tensor, part.dim, role, ids, node, producer=producer)
+        ledger.claimed.add((*part.key, node))
+        return torch.where(part.index >= 0, ids[part.index.clamp(min=0)], UNCUT)
+
     def inputs(self, node: Node) -> list[Label]:
         """Labels of all tensors among the arguments."""
         found: list[Label] = []
@@ -61,7 +121,7 @@ def leaves(value: Value) -> list[Label]:
 
 
 Rule = Callable[[Flow, Node], Value]
-RULES: dict[str | type[nn.Module], Rule] = {}
+RULES: dict[Any, Rule] = {}  # by plain name, class of a module, or the function itself
 
 
 def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -78,6 +138,8 @@ def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
             RULES[key] = function
             if isinstance(key, type):
                 LEAVES.add(key)
+            elif "." in key:
+                LEAF_CLASSES.add(key)
         return function
 
     return register
@@ -103,31 +165,45 @@ def rule_of(name: str) -> Rule | None:
     return next((function for known, function in FALLBACKS if known(name)), None)
 
 
-def flow_through(traced: Traced, whole_groups: Mapping[str, bool] = MappingProxyType({})) -> Flow:
-    """Walk the graph once and label every node; how grouped weights are cut may be given."""
-    flow = Flow(traced, Ledger(traced.tensors, whole_groups=dict(whole_groups)))
+def flow_through(
+    traced: Traced,
+    whole_groups: Mapping[str, bool] = MappingProxyType({}),
+    by_head_dims: bool = False,
+) -> Flow:
+    """Walk the graph once and label every node; how grouped weights are cut may be given.
+
+    by_head_dims: attention loses the same dimensions of all heads, not whole heads.
+    """
+    ledger = Ledger(traced.tensors, whole_groups=dict(whole_groups), by_head_dims=by_head_dims)
+    flow = Flow(traced, ledger)
     for node in traced.graph.nodes:
         flow.labels[node] = _visit(flow, node)
-        _note_whole_reads(flow, node)
+        _pin_what_is_lost(flow, node)
         for label in leaves(flow.labels[node]):
-            several = len(label.varying) > 1
-            if several:  # guard: rectangles -> tests/test_law.py -k shuffle_view
+            several = len(label.varying) > 1 and node not in flow.ledger.loose
+            if several:  # guard: rectangles -> tests/test_movement.py -k elsewhere
                 flow.ledger.arrays.append(label.ids)
-    flow.ledger.freeze_whole()  # guard: read whole -> tests/bad_input/test_kept.py -k "elsewhere or read"
+    flow.ledger.freeze_whole()
     return flow
 
 
-def _note_whole_reads(flow: Flow, node: Node) -> None:
-    """A parameter of several axes that the node's rule did not read along known axes stays whole."""
-    for source in node.all_input_nodes:
-        label = flow.labels.get(source)
-        if (
-            isinstance(label, Label)
-            and label.param
-            and (label.param, node) not in flow.ledger.claimed
-        ):
-            why = f"`{label.param}` is read as a whole"
-            flow.ledger.whole.setdefault(label.param, (node, why))
+def _pin_what_is_lost(flow: Flow, node: Node) -> None:
+    """Dimensions of parameters that a node reads, and neither understands nor passes on, stay."""
+    given = [p for n in node.all_input_nodes for label in leaves(flow.labels.get(n)) for p in label.parts]  # fmt: skip
+    if not given or _only_tells(node):
+        return
+    passed = {part.key for label in leaves(flow.labels[node]) for part in label.parts}
+    for part in given:
+        lost = part.key not in passed and (*part.key, node) not in flow.ledger.claimed
+        if lost:  # guard: read whole -> tests/bad_input/test_kept.py -k "elsewhere or read"
+            why = f"`{part.tensor}` is read as a whole"
+            flow.ledger.pinned.setdefault(part.key, (node, why))
+
+
+def _only_tells(node: Node) -> bool:
+    """Whether a node tells a size, a type or a device of a tensor, and nothing of what it holds."""
+    made = pytree.tree_leaves(value_of(node))
+    return node.op != "output" and not any(isinstance(v, Tensor) for v in made)
 
 
 def _visit(flow: Flow, node: Node) -> Value:
@@ -141,7 +217,8 @@ def _visit(flow: Flow, node: Node) -> Value:
         return None
     if node.op == "call_module":
         return _visit_module(flow, node)
-    found = rule_of(op_name(node))
+    own = RULES.get(own_key(node.target)) if node.op == "call_function" else None
+    found = own or rule_of(op_name(node))
     if found is not None:
         return found(flow, node)
     if assertion(node) or not flow.inputs(node):
@@ -214,32 +291,16 @@ def opaque(flow: Flow, node: Node, why: str) -> Value:
 
 
 def _attribute(flow: Flow, node: Node) -> Value:
-    """A parameter or buffer: one axis longer than 1 gets ids at once, several on demand."""
+    """A parameter or buffer: its dimensions get ids where they meet channels."""
     t = flow.traced.attribute(node)
     if not isinstance(t, Tensor):
         return None
     name = flow.ledger.tensors.add(str(node.target), t)
-    long = [d for d, n in enumerate(t.shape) if n > 1]
-    if t.dim() > 1 and node.users and all(_is_weight(node, user) for user in node.users):
-        return Label(
-            tuple(t.shape), uncut(t.shape).ids, param=name
-        )  # its axes are told apart there
-    if unsliceable(t) or not long:
+    if unsliceable(t):
         return uncut(t.shape)
-    if len(long) > 1:
-        return Label(tuple(t.shape), uncut(t.shape).ids, param=name)
-    return Label(tuple(t.shape), axis_ids(flow, name, t, long[0], node))
-
-
-def _is_weight(node: Node, user: Node) -> bool:
-    """Whether a node is the weight of a convolution or linear that a function computes."""
-    weight = user.args[1] if len(user.args) > 1 else user.kwargs.get("weight")
-    return weight is node and op_name(user).startswith(("conv", "linear"))
-
-
-def axis_ids(flow: Flow, name: str, t: Tensor, axis: int, node: Node) -> Tensor:
-    """Ids of one axis of a parameter, shaped to broadcast against it."""
-    known = flow.ledger.slots.get((name, axis))
-    ids = known.ids if known else flow.ledger.fresh(t.shape[axis])
-    ids = flow.ledger.slot(name, axis, "out", ids, node)
-    return ids.view([-1 if d == axis else 1 for d in range(t.dim())])
+    parts = [
+        Part(name, d, torch.arange(n).view([-1 if d == axis else 1 for axis in range(t.dim())]))
+        for d, n in enumerate(t.shape)
+        if n > 1
+    ]
+    return Label(tuple(t.shape), uncut(t.shape).ids, tuple(parts))

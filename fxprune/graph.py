@@ -18,6 +18,7 @@ from torch.fx import Node
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KNOWN_HOMES = {"torch", "_operator", "math", "builtins", "torchvision"}
+_OPERATORS = (["aten"], ["prims"], ["torchvision"])  # namespaces of torch.ops that torch fills
 _ALIASES = {
     "iadd": "add",
     "isub": "sub",
@@ -41,8 +42,11 @@ _ALIASES = {
 @lru_cache(maxsize=4096)
 def function_name(target: Any) -> str:
     """The plain name of a function of torch, operator or torchvision; "" for anybody else's."""
-    home = getattr(target, "__module__", None) or "torch"
-    if home.split(".")[0] not in _KNOWN_HOMES:
+    home = (getattr(target, "__module__", None) or "torch").split(".")
+    if home[0] not in _KNOWN_HOMES:
+        return ""
+    custom = home[:2] == ["torch", "_ops"] and home[2:3] not in _OPERATORS
+    if custom:  # guard: operators of users -> tests/test_register_rule.py -k namesake
         return ""
     return plain_name(getattr(target, "__name__", ""))
 
@@ -53,6 +57,11 @@ def plain_name(name: str) -> str:
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _ALIASES.get(name, name)
+
+
+def own_key(target: Any) -> Any:
+    """What a function is registered under by itself: an operator stands for its overloads."""
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
 
 
 def op_name(node: Node) -> str:

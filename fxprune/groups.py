@@ -9,6 +9,7 @@ one axis only, so classes are joined until that holds.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,15 @@ from fxprune.rules import Flow, flow_through
 from fxprune.trace import Traced, trace
 
 Array = np.ndarray[Any, Any]
+KINDS = {
+    "heads": "whole heads of an attention",
+    "head-dims": "the same dimensions of all heads of an attention",
+    "experts": "entries of a stacked weight, each with its own map",
+    "embedding": "a width that linear layers and additions share: tokens of a transformer",
+    "stage": "channels that additions couple",
+    "mlp": "the hidden width of linear layers",
+    "channels": "channels between convolutions",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Group:
     members: tuple[str, ...]
     residual: bool
     width: int  # rows of the widest producer, frozen ones included
+    kind: str = "channels"  # of `KINDS`
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -56,6 +67,11 @@ class Group:
     def widest(self) -> Slot:
         """The first of the producers with the most rows: all of the group where others pad."""
         return max(self.producers, key=lambda slot: slot.size)
+
+
+def by_head_dims(scope: str | Sequence[str]) -> bool:
+    """Whether a scope asks for attention to be cut by dimensions of all heads."""
+    return "head-dims" in ([scope] if isinstance(scope, str) else scope)
 
 
 @dataclass
@@ -150,6 +166,21 @@ class Analysis:
             graph.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
         return graph
 
+    def coupling(self) -> nx.DiGraph:
+        """The groups: nodes are groups and frozen layers, edges the layers that join them.
+
+        `fxprune.coupling.coupling` tells what nodes and edges carry.
+        """
+        from fxprune.coupling import coupling
+
+        return coupling(self)
+
+    def to_svg(self, path: str | os.PathLike[str]) -> None:
+        """Draw the groups, for a browser; OSError when the file cannot be written."""
+        from fxprune.views.coupling import write_coupling
+
+        write_coupling(self.coupling(), path, type(self.traced.model).__name__)
+
     def __str__(self) -> str:
         return analysis_table(self)
 
@@ -158,11 +189,10 @@ class Analysis:
 
 def analysis_table(analysis: Analysis) -> str:
     """The groups and what is frozen, as text for a terminal."""
-    from fxprune.report import AnalysisRow
+    from fxprune.coupling import rows_of
     from fxprune.views.tables import analysis_text
 
-    rows = [AnalysisRow(g.name, g.width, len(g), g.residual, g.members) for g in analysis.groups]
-    return analysis_text(rows, analysis.frozen)
+    return analysis_text(rows_of(analysis), analysis.frozen)
 
 
 @dataclass(frozen=True)
@@ -176,6 +206,7 @@ class Lineage:
     keys: frozenset[str]
     classes: Mapping[tuple[str, int], Array]
     whole_groups: Mapping[str, bool]
+    by_head_dims: bool = False
 
 
 def lineage_of(analysis: Analysis, keep: Array, older: Lineage | None) -> Lineage:
@@ -185,15 +216,21 @@ def lineage_of(analysis: Analysis, keep: Array, older: Lineage | None) -> Lineag
         own = analysis.classes(s.ids)
         classes[s.tensor, s.dim] = own[keep[own]]
     keys = older.keys if older else frozenset(analysis.state)
-    return Lineage(keys, classes, dict(analysis.flow.ledger.whole_groups))
+    ledger = analysis.flow.ledger
+    return Lineage(keys, classes, dict(ledger.whole_groups), ledger.by_head_dims)
 
 
-def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
+def analyze_traced(
+    traced: Traced, lineage: Lineage | None = None, by_head_dims: bool = False
+) -> Analysis:
     """Label the graph, join what couples, and form the groups.
 
-    With a lineage, channels that were coupled in the first original stay coupled.
+    With a lineage, channels that were coupled in the first original stay coupled, and attention is
+    cut as it was. by_head_dims: by dimensions of all its heads, not by whole heads.
     """
-    flow = flow_through(traced, lineage.whole_groups if lineage else {})
+    if lineage is not None:
+        by_head_dims = lineage.by_head_dims
+    flow = flow_through(traced, lineage.whole_groups if lineage else {}, by_head_dims)
     if lineage is not None:  # guard: cuts compose -> tests/test_groups.py -k later_cuts
         _couple_as_before(flow, lineage)
     class_of = _classes(flow)
@@ -214,10 +251,13 @@ def analyze_traced(traced: Traced, lineage: Lineage | None = None) -> Analysis:
 
 @collector_paused
 def analyze_model(
-    model: nn.Module, example_inputs: tuple[Any, ...], lineage: Lineage | None = None
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    lineage: Lineage | None = None,
+    by_head_dims: bool = False,
 ) -> Analysis:
-    """Trace and analyse."""
-    return analyze_traced(trace(model, example_inputs), lineage)
+    """Trace and analyse; arguments as in `analyze_traced`."""
+    return analyze_traced(trace(model, example_inputs), lineage, by_head_dims)
 
 
 def _couple_as_before(flow: Flow, lineage: Lineage) -> None:
@@ -295,13 +335,17 @@ def _groups(flow: Flow, class_of: Array, stays: Array) -> list[Group]:
     free = [r[~stays[r]] for r in rows]
     links = [(np.full(len(f), f[0]), f) for f in free if len(f)]
     group_of = _components(links, len(stays))
-    residual = np.zeros(len(stays), dtype=bool)
-    for ids in flow.ledger.residual:
-        residual[class_of[ids.numpy()]] = True
+    ledger = flow.ledger
+    residual = _marked(ledger.residual, class_of)
+    marks = {
+        "experts": _marked(ledger.experts, class_of),
+        "head-dims": _marked(ledger.head_dims, class_of),
+        "heads": _marked(ledger.heads, class_of),
+    }
     members: dict[int, list[str]] = {}
     for slot in flow.ledger.slots.values():
         classes = class_of[slot.ids.numpy()]
-        if slot.role == "out":
+        if slot.makes:
             for g in set(group_of[classes[~stays[classes]]].tolist()):
                 members.setdefault(g, []).append(slot.tensor)
     found: dict[int, list[int]] = {}
@@ -321,9 +365,32 @@ def _groups(flow: Flow, class_of: Array, stays: Array) -> list[Group]:
                 members=tuple(members.get(g, ())),
                 residual=bool(residual[classes].any()),
                 width=max(producers[i].size for i in owners),
+                kind=_kind(classes, marks, residual, flow, [producers[i] for i in owners]),
             )
         )
     return _distinct_names(groups)
+
+
+def _marked(ids: Sequence[Tensor], class_of: Array) -> Array:
+    """The classes of some ids: bool [classes]."""
+    marked = np.zeros(class_of.max() + 1, dtype=bool)
+    for own in ids:
+        marked[class_of[own.numpy()]] = True
+    return marked
+
+
+def _kind(
+    classes: Array, marks: Mapping[str, Array], residual: Array, flow: Flow, makers: Sequence[Slot]
+) -> str:
+    """What the channels of a group are, of `KINDS`."""
+    for kind, marked in marks.items():
+        if marked[classes].any():
+            return kind
+    tensors = flow.ledger.tensors.tensor
+    linear = any(tensors[slot.tensor].dim() == 2 for slot in makers)
+    if residual[classes].any():
+        return "embedding" if linear else "stage"
+    return "mlp" if linear else "channels"
 
 
 def _distinct_names(groups: list[Group]) -> list[Group]:

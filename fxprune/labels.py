@@ -20,17 +20,34 @@ UNCUT = 0
 
 
 @dataclass(frozen=True)
+class Part:
+    """One dimension of a parameter (or buffer) inside a tensor that is made of it.
+
+    index: int64, compact: which index of the dimension an element comes from, -1 for another source.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The slot it belongs to."""
+        return self.tensor, self.dim
+
+
+@dataclass(frozen=True)
 class Label:
     """Ids of a tensor's elements.
 
     shape: the tensor's true shape on the example input. ids: int64, as many dims, each of size 1
-    (constant along it) or the true size. param: the name of a parameter of several axes, which gets
-    its ids only when it meets an activation.
+    (constant along it) or the true size. parts: dimensions of parameters that it is made of; they
+    get ids only where they meet channels of an activation (`Flow.bind`).
     """
 
     shape: tuple[int, ...]
     ids: Tensor
-    param: str | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def varying(self) -> list[int]:
@@ -77,11 +94,23 @@ class Slot:
     ids: Tensor  # [size]
     blocks: int = 1
     producer: bool = False  # its rows make channels, so they can be scored
+    makes: bool = True  # channels, or transforms them; False: reads them
 
     @property
     def size(self) -> int:
         """Channels along the dimension, over all blocks."""
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One axis of a tensor taken at constant places: out[i] = x[places[i]] along `axis` of x.
+
+    places: int64 [n].
+    """
+
+    axis: int
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,11 +124,14 @@ class Freeze:
 
 @dataclass(frozen=True)
 class MacTerm:
-    """`factor` x kept(out) x kept(in) multiply-adds per sample, of one call of one layer."""
+    """`factor` x kept(out) x kept(in) multiply-adds per sample, of one call of one layer.
+
+    dims: arrays of ids whose kept counts multiply, any shape.
+    """
 
     node: str
     factor: float
-    dims: tuple[tuple[str, int], ...]  # slots whose kept counts multiply
+    dims: tuple[Tensor, ...]
 
 
 @dataclass
@@ -114,10 +146,22 @@ class Ledger:
     arrays: list[Tensor] = field(default_factory=list)  # ids that vary along several axes
     pieces: list[Tensor] = field(default_factory=list)  # of each, at least one id must stay
     residual: list[Tensor] = field(default_factory=list)  # ids that meet in an addition
+    heads: list[Tensor] = field(default_factory=list)  # ids that live along an axis of heads
+    head_dims: list[Tensor] = field(default_factory=list)  # and those of dimensions of all heads
+    experts: list[Tensor] = field(default_factory=list)  # heads of a stacked weight
+    by_head_dims: bool = False  # attention loses dimensions of all heads, not heads
     macs: list[MacTerm] = field(default_factory=list)
     whole_groups: dict[str, bool] = field(default_factory=dict)  # grouped weight -> how it is cut
-    claimed: set[tuple[str, Node]] = field(default_factory=set)  # parameters read along known axes
+    claimed: set[tuple[str, int, Node]] = field(default_factory=set)  # dimensions a node understood
     whole: dict[str, tuple[Node, str]] = field(default_factory=dict)  # tensors read in other ways
+    pinned: dict[tuple[str, int], tuple[Node, str]] = field(default_factory=dict)  # and dimensions
+
+    made: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (node, dim) -> ids of what
+    # has a size but no identity per channel: constants, copies; they are cut as what they meet
+    bound: set[tuple[str, int]] = field(default_factory=set)  # those that met channels
+    picks: dict[Node, tuple[Pick, ...]] = field(default_factory=dict)  # axes taken at constant places
+    shuffles: dict[Node, tuple[Node, ...]] = field(default_factory=dict)  # last node -> those before
+    loose: set[Node] = field(default_factory=set)  # nodes that need be no rectangle: of a shuffle
 
     def fresh(self, count: int) -> Tensor:
         """New ids, int64 [count]."""
@@ -125,10 +169,16 @@ class Ledger:
         return torch.arange(self.next_id - count, self.next_id)
 
     def freeze_whole(self) -> None:
-        """Tensors that something reads whole keep all their dimensions."""
+        """What something reads whole stays: all dimensions of a tensor, or one of them."""
         for slot in self.slots.values():
             if slot.tensor in self.whole:
                 self.freeze(slot.ids, *self.whole[slot.tensor])
+            elif (slot.tensor, slot.dim) in self.pinned:
+                self.freeze(slot.ids, *self.pinned[slot.tensor, slot.dim])
+        for key, ids in self.made.items():
+            whole = key in self.pinned and key in self.bound
+            if whole:  # guard: made whole -> tests/test_movement.py -k made
+                self.freeze(ids, *self.pinned[key])
 
     def freeze(self, ids: Tensor, node: Node, why: str) -> None:
         """These ids stay, whatever the plan says."""
@@ -184,7 +234,8 @@ class Ledger:
         assert name is not None
         known = self.slots.get((name, dim))
         if known is not None:
-            fits = (len(known.ids), known.blocks, known.role) == (len(ids), blocks, role)
+            makes = role == "out"
+            fits = (len(known.ids), known.blocks, known.makes) == (len(ids), blocks, makes)
             if not fits:  # guard: two roles -> tests/bad_input/test_kept.py -k "same_channels"
                 why = f"`{name}` is used in two ways that do not fit together"
                 self.freeze(known.ids, node, why)
@@ -193,7 +244,7 @@ class Ledger:
             why = f"`{name}` is shared with a use that cannot be cut"
             self.couple(known.ids, ids, node, why)  # guard: shared -> tests/test_law.py -k shared
             return known.ids
-        self.slots[name, dim] = Slot(name, dim, role, ids, blocks, producer)
+        self.slots[name, dim] = Slot(name, dim, role, ids, blocks, producer, role == "out")
         shared = name in self.tensors.overlapping
         if shared:  # guard: overlap -> tests/bad_input/test_kept.py -k memory
             other = self.tensors.overlapping[name]

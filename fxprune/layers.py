@@ -9,7 +9,7 @@ activations has no parameters: its row has the name of its node.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -37,7 +37,8 @@ _FUNCTIONAL_NORMS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", 
 def layer_rows(analysis: Analysis, keep: Array) -> list[LayerRow]:
     """The rows of the analysed network, whole and with the classes in `keep`, bool [classes]."""
     parameters = retained_parameters(analysis.traced)
-    layers = _layers(analysis.traced, parameters)
+    multiplied = {term.node for term in analysis.flow.ledger.macs}
+    layers = _layers(analysis.traced, parameters, multiplied)
     counts = [_Counts(analysis, mask, parameters) for mask in (analysis.everything(), keep)]
     fixed = fixed_macs(analysis)
     macs = [_macs(analysis, layers, c, fixed) for c in counts]
@@ -134,8 +135,13 @@ class _Book:
                 layer.parameters.append(parameter)
 
 
-def _layers(traced: Traced, parameters: Mapping[str, nn.Parameter]) -> list[_Layer]:
-    """The layers in graph order: first whatever multiplies, then who holds the other parameters."""
+def _layers(
+    traced: Traced, parameters: Mapping[str, nn.Parameter], multiplied: Set[str]
+) -> list[_Layer]:
+    """The layers in graph order: first whatever multiplies, then who holds the other parameters.
+
+    multiplied: names of nodes that count multiply-adds by their rules.
+    """
     book = _Book()
     sources = _sources(traced, parameters)
     nodes = list(enumerate(traced.graph.nodes))
@@ -146,7 +152,7 @@ def _layers(traced: Traced, parameters: Mapping[str, nn.Parameter]) -> list[_Lay
             if held:
                 book.enter(str(node.target), _module_kind(traced.module(node)), place, node, held)
                 continue
-        if not may_multiply(traced, node):
+        if node.name not in multiplied and not may_multiply(traced, node):
             continue
         held = list(dict.fromkeys(p for n in node.all_input_nodes for p in sources[n] or ()))
         if held:
@@ -224,13 +230,12 @@ class _Counts:
         self._analysis, self._keep, self._parameters = analysis, keep, parameters
         self._kept: dict[int, int] = {}
         self._slots: dict[str, list[tuple[int, int]]] = {}  # tensor -> (size, kept) of its dims
-        self.dims: dict[tuple[str, int], int] = {}
         for s in analysis.slots:
-            kept = self._count(s.ids)
-            self.dims[s.tensor, s.dim] = kept
+            kept = self.of(s.ids)
             self._slots.setdefault(s.tensor, []).append((s.size, kept))
 
-    def _count(self, ids: Tensor) -> int:
+    def of(self, ids: Tensor) -> int:
+        """Ids that are left of an array."""
         if id(ids) not in self._kept:
             kept = self._keep[self._analysis.classes(ids)]
             self._kept[id(ids)] = int(np.count_nonzero(kept))
@@ -262,6 +267,8 @@ def _channels(analysis: Analysis, layer: _Layer, counts: _Counts) -> int:
         return 0
     axis = made[0].dim() - 1 - _spatial(analysis.traced, node)
     label = analysis.flow.labels.get(node)
+    if node.op == "call_function" and not op_name(node) and isinstance(label, Label):
+        axis = next(iter(label.varying), axis)  # a function of a user's: its rule knows
     return counts.along(label, axis) if isinstance(label, Label) else made[0].shape[axis]
 
 
@@ -281,7 +288,7 @@ def _macs(
     of_node = {node.name: i for i, layer in enumerate(layers) for node in layer.nodes}
     costs = np.zeros(len(layers))
     terms = analysis.flow.ledger.macs
-    by_rule = [t.factor * math.prod(counts.dims[d] for d in t.dims) for t in terms]
+    by_rule = [t.factor * math.prod(counts.of(d) for d in t.dims) for t in terms]
     for term, cost in zip(terms, by_rule, strict=True):
         costs[of_node[term.node]] += cost
     for node, count in fixed.items():

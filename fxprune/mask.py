@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from fxprune.errors import OptionTypeError, PlanError, UnsupportedOpError
 from fxprune.graph import Tensors
 from fxprune.inputs import unwrap
+from fxprune.masked_norms import keep_statistics
 from fxprune.plan import Plan, Slice
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` with every removed entry of an "in" slice set to zero.
 
-    In eval mode it computes what the pruned network computes (design: the law of the Plan).
+    Norms over channels (layer, RMS, group and response norms) take their statistics over the kept
+    ones. In eval mode it computes what the pruned network computes (design: the law of the Plan).
     Raises PlanError when the plan belongs to another architecture.
     """
     model, _ = unwrap(model)
@@ -50,6 +52,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
                 )  # fmt: skip
             if s.role == "in":
                 zero_inputs(t, s)
+    keep_statistics(masked, tensors, plan.slices)  # guard: kept -> tests/test_norms.py -k images
     return masked
 
 

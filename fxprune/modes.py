@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
-from fxprune.graph import place
+from fxprune.graph import op_name, place
 from fxprune.symbolic import Capture
 
 Flags = dict[int | str, tuple[Any, Any]]
@@ -77,6 +79,8 @@ def compare_modes(evaluating: Capture, training: Capture) -> Modes:
                     found.flags[node] = flags
                 break
         else:
+            if not _holds_tensors(node):
+                continue  # a number or a check of its own; what computes with it does not match
             raise TraceError(
                 "the model computes different things in train and eval mode",
                 where=f"node {node.name} at {place(node) or 'unknown line'}, in eval mode only",
@@ -85,7 +89,9 @@ def compare_modes(evaluating: Capture, training: Capture) -> Modes:
                 fix="move the branch into a module of its own and keep it out of the traced part, "
                 "or prune a sub-module without it",
             )
-    left = [n for n in training.graph.nodes if n in unmatched and n.op != "output"]
+    left = [
+        n for n in training.graph.nodes if n in unmatched and n.op != "output" and _holds_tensors(n)
+    ]
     if left:
         heads = sorted({str(n.target).split(".")[0] for n in left if n.op == "call_module"})
         named = ", ".join(heads) or f"{len(left)} operations at {place(left[0])}"
@@ -93,6 +99,15 @@ def compare_modes(evaluating: Capture, training: Capture) -> Modes:
         found.notes.append(f"branches that exist only in training were dropped: {named}")
     _compare_constants(evaluating, training, twins)
     return found
+
+
+def _holds_tensors(node: Node) -> bool:
+    """Whether a node is more than arithmetic with sizes, or a check of them."""
+    if node.target is torch._assert:
+        return False
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    of_numbers = node.op.startswith("call_") and bool(leaves)
+    return not of_numbers or any(isinstance(v, Tensor | None) for v in leaves)
 
 
 def _compare_constants(evaluating: Capture, training: Capture, twins: dict[Node, Node]) -> None:
@@ -114,17 +129,30 @@ def _shape_of_args(node: Node) -> tuple[int, tuple[str, ...]]:
 
 
 def _differing_flags(node: Node, other: Node, twins: dict[Node, Node]) -> Flags | None:
-    """The arguments in which two calls differ, if all are plain booleans; None otherwise."""
+    """The arguments in which two calls differ, if all are plain flags; None otherwise.
+
+    Flags are booleans, and the probabilities of dropping (`p=0.1 if self.training else 0`).
+    """
     flags: Flags = {}
     pairs = [*enumerate(zip(node.args, other.args, strict=True))]
     pairs += [(k, (node.kwargs[k], other.kwargs[k])) for k in node.kwargs]  # type: ignore[misc]
     for key, (a, b) in pairs:
         if _same(a, b, twins):
             continue
-        if node.op != "call_function" or not (isinstance(a, bool) and isinstance(b, bool)):
+        if node.op != "call_function" or not (_are(bool, a, b) or _are_probabilities(node, a, b)):
             return None
         flags[key] = (a, b)
     return flags
+
+
+def _are(kind: type | UnionType, *values: Any) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _are_probabilities(node: Node, a: Any, b: Any) -> bool:
+    """Whether two values are numbers given to a dropout, or to an attention that drops."""
+    name = op_name(node)
+    return ("drop" in name or "attention" in name) and _are(int | float, a, b)
 
 
 def _same(a: Any, b: Any, twins: dict[Node, Node]) -> bool:

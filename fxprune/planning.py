@@ -12,7 +12,7 @@ import numpy as np
 from fxprune._version import __version__
 from fxprune.cost import Cost
 from fxprune.errors import OptionTypeError, PlanError
-from fxprune.groups import Analysis, Array, Group
+from fxprune.groups import Analysis, Array, Group, by_head_dims
 from fxprune.labels import Slot
 from fxprune.passes.slice_channels import slices_of
 from fxprune.plan import Fold, Plan, Slice
@@ -32,6 +32,8 @@ def write_plan(
     """The plan of a keep mask, bool [classes]."""
     known = analysis.state
     whole = analysis.everything()
+    if analysis.flow.ledger.by_head_dims and not by_head_dims(scope):
+        scope = (*([scope] if isinstance(scope, str) else scope), "head-dims")
     return Plan(
         fxprune_version=__version__,
         method=dict(method),
@@ -88,7 +90,7 @@ def _slot_named(analysis: Analysis, name: str) -> tuple[Slot, Group | None]:
     for tensor in (name, f"{name}.weight"):
         first = canonical.get(tensor)
         slots = [s for s in analysis.slots if s.tensor == first]
-        for slot in sorted(slots, key=lambda s: s.role != "out"):
+        for slot in sorted(slots, key=lambda s: not s.makes):
             return slot, None
     analysis.group(name)  # raises with the names there are
     raise AssertionError(name)

@@ -168,7 +168,8 @@ def carry_attributes(model: nn.Module, new: PrunedModule) -> list[str]:
     plain = set(vars(nn.Module())) | {"forward", "_compiled_call_impl"}
     if isinstance(model, GraphModule):
         plain |= set(vars(new)) | set(PrunedModule.__annotations__)
-    for name, value in vars(model).items():
+    shared = {k: v for k, v in _of_class(type(model)).items() if not hasattr(new, k)}
+    for name, value in {**shared, **vars(model)}.items():
         if name in plain or name.startswith("__"):
             continue
         if hasattr(type(new), name) or name in vars(new) or name in PrunedModule.__annotations__:
@@ -185,6 +186,17 @@ def carry_attributes(model: nn.Module, new: PrunedModule) -> list[str]:
             continue
         new.__dict__[name] = copied
     return left
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """Plain values that the user's class and its bases define: no methods, no properties."""
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return {
+        name: value
+        for base in reversed(own)
+        for name, value in vars(base).items()
+        if not callable(value) and not hasattr(value, "__get__")
+    }
 
 
 def input_specs(inputs: tuple[Any, ...]) -> tuple[InputSpec, ...]:

@@ -67,6 +67,8 @@ class AnalysisRow:
     cuttable: int
     residual: bool
     members: tuple[str, ...]  # the tensors that the group spans
+    kind: str = "channels"  # what they are: channels, a stage, heads and so on
+    macs: float | None = None  # the share of the multiply-adds that go with all of it
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from fxprune.errors import OptionTypeError, PlanError
-from fxprune.groups import Analysis, Array, Group
+from fxprune.groups import KINDS, Analysis, Array, Group
 from fxprune.plan import Note, Plan
 
 
@@ -66,6 +66,8 @@ def choose_groups(analysis: Analysis, scope: str | Sequence[str], ignore: Ignore
     elif scope != "all":
         patterns = [scope] if isinstance(scope, str) else list(scope)
         names = {g.name: {g.name, *g.members, *(m.rpartition(".")[0] for m in g.members)} for g in groups}  # fmt: skip
+        for g in groups:
+            names[g.name] |= {g.kind, "all"}
         for pattern in patterns:
             if not any(fnmatch.filter(n, pattern) for n in names.values()):
                 raise no_match("scope", pattern, sorted(names))
@@ -102,10 +104,10 @@ def left_whole(
 def no_match(where: str, pattern: str, names: Sequence[str]) -> PlanError:
     """The error for a pattern that matches none of the names."""
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    words = ["all", "free"] if where == "scope" else []
+    words = ["all", "free", *KINDS] if where == "scope" else []
     near = difflib.get_close_matches(pattern, [*words, *names], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    choice = '"all", "free", or patterns' if where == "scope" else "patterns"
+    choice = f'"all", "free", a kind ({", ".join(KINDS)}) or patterns' if where == "scope" else "patterns"
     return PlanError(
         f"the pattern {pattern!r} in {where} matches nothing",
         where=where,
@@ -138,7 +140,7 @@ def _ignored_classes(analysis: Analysis, ignore: Ignore) -> Array:
     tensors = analysis.traced.tensors
     ignored = resolved(analysis, ignore).names
     for slot in analysis.slots:
-        makes = slot.role == "out" or analysis.flow.ledger.whole_groups.get(slot.tensor, False)
+        makes = slot.makes or analysis.flow.ledger.whole_groups.get(slot.tensor, False)
         if makes and not ignored.isdisjoint(tensors.names.get(slot.tensor, [slot.tensor])):
             frozen[analysis.classes(slot.ids)] = True
     return frozen

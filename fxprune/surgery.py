@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fxprune.errors import UnsupportedOpError
 from fxprune.graph import Tensors
 from fxprune.plan import Slice
+from fxprune.rules.norms import groups_attribute
 
 Index = Callable[[Sequence[int]], Tensor]
 
@@ -135,11 +137,15 @@ def _plain(module: nn.Module) -> bool:
 _SHALLOW = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_reversed_padding_repeated_twice")  # fmt: skip
 
 
+Refit = Callable[[Any, tuple[int, ...]], None]  # gets a layer and its input's shape after the cut
+REFITS: dict[type[nn.Module], Refit] = {}
+
+
 def refit(module: nn.Module, groups: Mapping[nn.Module, int], channels: int | None) -> None:
     """Make a layer's size attributes agree with its cut tensors.
 
-    groups: the new number of groups of convolutions cut by whole groups. channels: the channels
-    that reach the layer, for those without a tensor that tells.
+    groups: the new number of groups of convolutions and norms cut by whole groups. channels: the
+    channels that reach the layer, for those without a tensor that tells.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         module.groups = groups.get(module, module.groups)
@@ -152,3 +158,17 @@ def refit(module: nn.Module, groups: Mapping[nn.Module, int], channels: int | No
         module.num_features = channels  # type: ignore[assignment]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    else:
+        _refit_norm(module, groups.get(module), channels)
+
+
+def _refit_norm(module: nn.Module, groups: int | None, channels: int | None) -> None:
+    """Shapes and counts that a norm over channels keeps beside its tensors."""
+    own = next((t for t in module._parameters.values() if t is not None), None)
+    if hasattr(module, "normalized_shape") and own is not None:
+        module.normalized_shape = tuple(own.shape)  # type: ignore[assignment]
+    attribute = groups_attribute(module)
+    if attribute is not None and groups is not None:
+        setattr(module, attribute, groups)
+        if hasattr(module, "num_channels") and channels is not None:
+            module.num_channels = channels  # type: ignore[assignment]

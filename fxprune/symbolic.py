@@ -5,24 +5,49 @@ from __future__ import annotations
 import contextlib
 import inspect
 import linecache
+import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.utils import _pytree as pytree
 
+from fxprune.decompose import attend, decomposes
 from fxprune.errors import TraceError
+from fxprune.graph import arguments, op_name
+from fxprune.hints import UNKNOWN, Hints, first_line
 from fxprune.interrupts import Interrupts
+from fxprune.proxies import FACTORIES, Hinted, Site, numbers_stay_nodes
+
+__all__ = ["Capture", "FxTracer", "at_once", "capture", "first_line", "set_mode", "unmarked"]
 
 TORCH_HOME = str(Path(torch.__file__).parent) + os.sep
 FXPRUNE_HOME = str(Path(__file__).parent) + os.sep
-LEAF_CLASSES = {"torchvision.ops.misc.FrozenBatchNorm2d", "torchvision.ops.stochastic_depth.StochasticDepth"}  # fmt: skip
+LEAF_CLASSES = {
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "torchvision.ops.stochastic_depth.StochasticDepth",
+    *(f"timm.layers.drop.{kind}" for kind in ("DropPath", "DropBlock2d")),
+    *(f"timm.layers.std_conv.{kind}" for kind in (
+        "StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")),
+}  # fmt: skip
 LEAVES: set[type[nn.Module]] = set()  # classes that have a rule: it says what the layer does
+RECORDED: set[Any] = set()  # functions that have a rule: they stay one node, as under torch.fx.wrap
+THROUGH = {
+    nn.Sequential, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
+}  # fmt: skip
+LIBRARIES = ("torchvision.models.", "timm.")  # their functions under torch.fx.wrap are code too
+FIXED = {
+    "dim", "ndim", "ndimension", "is_floating_point", "is_complex", "requires_grad", "layout",
+    "is_contiguous", "is_sparse", "is_quantized", "is_nested",
+}  # fmt: skip
+KINDS = {"dtype", "device", "is_cuda", "get_device", "type"}
 
 
 @dataclass
@@ -32,10 +57,26 @@ class Capture:
     graph: Graph
     constants: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    hints: Hints | None = None
 
 
 class FxTracer(Tracer):
     """Symbolic tracing with torch's own modules as leaves; notes the user's line of every node."""
+
+    proxy_buffer_attributes = True  # buffers are read when the graph runs, not while it is traced
+
+    def __init__(self, hints: Hints | None = None) -> None:
+        super().__init__(autowrap_functions=(*FACTORIES, *RECORDED))
+        self._autowrap_search.append(torch)
+        self.hints = hints
+        self.running = False  # whether layers run for their shapes, rather than being traced
+        self.outside = _contexts()
+        self.inside: dict[str, str] = {}  # a context that forward enters -> the first line in it
+        self.by_kind: list[str] = []  # lines that decide by dtypes and devices
+        self._paths: dict[int, str] = {}  # id of a parameter or buffer -> its name
+        self._of_input: set[Node] = set()  # nodes that depend on the input
+        self._decided: dict[Any, Any] = {}
+        self._pending: list[tuple[Hinted, int, Site]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch.nn modules, classes with a rule, and classes known not to trace stay one node."""
@@ -44,23 +85,169 @@ class FxTracer(Tracer):
             return True
         if f"{kind.__module__}.{kind.__qualname__}" in LEAF_CLASSES or hasattr(m, "follows_mode"):
             return True
+        if kind in THROUGH or decomposes(m):
+            return False
         return super().is_leaf_module(m, module_qualified_name)
 
-    proxy_buffer_attributes = True  # buffers are read when the graph runs, not while it is traced
+    def proxy(self, node: Node) -> Any:
+        """Proxies know what they stand for."""
+        return Hinted(node, self)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.outside = _contexts()
-        self.inside: dict[str, str] = {}  # a context that forward enters -> the first line in it
+    def create_arg(self, a: Any) -> Any:
+        """As the base class; what looks like a tensor may be a proxy."""
+        if issubclass(type(a), Proxy):
+            return a.node
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         """As the base class, and remember who asked."""
+        if self._pending:
+            self._confirm()
         node = super().create_node(*args, **kwargs)
         node.meta["where"] = _users_line()
+        if node.op == "placeholder" or any(n in self._of_input for n in node.all_input_nodes):
+            self._of_input.add(node)
         for name, state in _contexts().items():
             if state != self.outside[name]:
                 self.inside.setdefault(name, node.meta["where"])
         return node
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are proxies; the table of their names is made once."""
+        if self.running or not isinstance(attr_val, Tensor) or issubclass(type(attr_val), Proxy):
+            return attr_val
+        if not self._paths:
+            self._paths = {
+                id(t): name
+                for name, t in [*self.root.named_buffers(), *self.root.named_parameters()]
+            }
+        name = self._paths.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """As the base class; attention is taken apart, and what runs for its shape is no node."""
+        if self.running:
+            return forward(*args, **kwargs)
+        if isinstance(m, nn.MultiheadAttention) and decomposes(m):
+            return attend(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    # What proxies ask
+
+    def hint(self, node: Node) -> Any:
+        """What the node gives on the example input."""
+        if "val" in node.meta:
+            return node.meta["val"]
+        if self.hints is None or node.graph is not self.graph:
+            return UNKNOWN
+        self.running = True
+        try:
+            return self.hints.of(node)
+        finally:
+            self.running = False
+
+    def decided(self, proxy: Any, value: Any, exact: bool = False) -> Any:
+        """Python goes on with `value`: the graph refuses inputs that give another one."""
+        node = proxy.node
+        reads = self._reads(node)
+        if reads & KINDS:
+            self.by_kind.append(_users_line())
+        if not reads - KINDS or _never_true(node):
+            return value
+        key = (_expression(node), value, exact)
+        if key not in self._decided:
+            self._decided[key] = value
+            line = _users_line()
+            if exact:
+                holds = proxy == value
+            elif isinstance(self.hint(node), bool):
+                holds = proxy
+                if not value:
+                    holds = self.create_proxy("call_function", operator.not_, (proxy,), {})
+            else:
+                holds = (proxy != 0) if value else (proxy == 0)
+            self.create_proxy("call_function", torch._assert, (holds, _refusal(line)), {})
+        return value
+
+    def used_as_index(self, proxy: Hinted, value: int, site: Site) -> None:
+        """A number is asked for; where torch only parses its arguments, the node is used."""
+        self._pending.append((proxy, value, site))
+
+    def was_only_parsed(self, site: Site) -> None:
+        """The call at `site` becomes a node: what it asked for was not used."""
+        self._pending = [entry for entry in self._pending if entry[2] != site]
+
+    def iterated(self, proxy: Any) -> None:
+        """A loop over the pieces of a tensor: their number is decided by its length."""
+        node = proxy.node
+        if op_name(node) in ("split", "chunk", "unbind", "tensor_split", "split_with_sizes"):
+            order = ("input", "dim") if op_name(node) == "unbind" else ("input", "sections", "dim")
+            given = arguments(node, *order)
+            if isinstance(given["input"], Node):
+                int(self.proxy(given["input"]).size(given.get("dim", 0)))
+
+    def finish(self) -> None:
+        """Confirm what is pending, and fill in what every node gives."""
+        self._confirm()
+        if self.hints is not None:
+            self.hint(next(iter(reversed(self.graph.nodes))))
+
+    def _confirm(self) -> None:
+        pending, self._pending = self._pending, []
+        for proxy, value, _ in pending:
+            self.decided(proxy, value, exact=True)
+
+    def _reads(self, node: Node) -> set[str]:
+        """Facts about tensors of the input, or numbers of the input, that a number is made of."""
+        found: set[str] = set()
+        stack, seen = [node], set()
+        while stack:
+            here = stack.pop()
+            if here in seen or here not in self._of_input:
+                continue
+            seen.add(here)
+            if here.op == "placeholder":
+                found.add("input")
+            for source in here.all_input_nodes:
+                if not isinstance(self.hint(source), Tensor):
+                    stack.append(source)
+                elif source in self._of_input:
+                    name = str(here.args[1]) if here.target is getattr else op_name(here)
+                    found |= {name} - FIXED
+        return found
+
+
+def _never_true(node: Node) -> bool:
+    """`n == -1` and the like: sizes are never negative."""
+    compared = node.target in (operator.eq, operator.ne) and len(node.args) == 2
+    return compared and any(isinstance(a, int) and a < 0 for a in node.args)
+
+
+def _expression(node: Node) -> Any:
+    """How a number is computed, for comparing; tensors are told apart by their nodes."""
+    if node.op not in ("call_function", "call_method") or isinstance(node.meta.get("val"), Tensor):
+        return node
+    entries = pytree.tree_map_only(Node, _expression, (list(node.args), dict(node.kwargs)))
+    return str((node.target, entries))
+
+
+def _refusal(line: str) -> str:
+    file, _, number = line.rpartition(":")
+    text = linecache.getline(file, int(number)).strip() if number.isdigit() else ""
+    return (
+        "forward takes another way for an input of this size than for the example input, at "
+        f"`{text}` in {Path(file).name}: compile the model for this size"
+    )
 
 
 def _contexts() -> dict[str, bool]:
@@ -81,14 +268,27 @@ def _users_line() -> str:
     return ""
 
 
-def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool) -> Capture:
-    """Trace `forward` in one mode; TraceError names the user's line that is in the way."""
+def capture(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    training: bool,
+    earlier: Hints | None = None,
+) -> Capture:
+    """Trace `forward` in one mode; TraceError names the user's line that is in the way.
+
+    earlier: the hints of the other mode's capture, which spares running the same nodes again.
+    """
     set_mode(model, training)
-    tracer = FxTracer()
+    tracer = FxTracer(Hints(model, example_inputs, earlier))
     before = set(vars(model))
     defaults = _defaults(model, len(example_inputs))
     try:
-        graph = tracer.trace(model, defaults)
+        with libraries_unwrapped(), numbers_stay_nodes():
+            graph = tracer.trace(model, defaults)
+            tracer.finish()
+    except TraceError:
+        raise
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be traced: {first_line(error)}",
@@ -119,7 +319,41 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool
     if defaults:
         named = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
         notes.append(f"arguments of forward beyond the example inputs keep their defaults: {named}")
-    return Capture(graph, constants, notes)
+    if tracer.by_kind:
+        lines = ", ".join(sorted(set(tracer.by_kind))[:3])
+        notes.append(f"forward decides by dtype or device ({lines}): as for the example input")
+    _drop_dead(graph)
+    return Capture(graph, constants, notes, tracer.hints)
+
+
+def _drop_dead(graph: Graph) -> None:
+    """Numbers that only Python looked at are no part of the graph, nor what is not called for."""
+    for node in reversed(graph.nodes):
+        if (getattr(node.target, "__module__", None) or "torch").startswith(("torch", "math")):
+            node.meta.pop("is_wrapped", None)  # needs no torch.fx.wrap to be called
+        if node.users or node.op not in ("call_function", "call_method", "get_attr"):
+            continue
+        leaves = pytree.tree_leaves(node.meta.get("val"))
+        number = bool(leaves) and not any(isinstance(v, Tensor | None) for v in leaves)
+        if number or node.op == "get_attr" or "spare" in node.meta:
+            graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def libraries_unwrapped() -> Iterator[None]:
+    """Inside, functions that torchvision and timm mark with torch.fx.wrap are traced through."""
+    registry = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    ours = {
+        key: frame
+        for key, frame in registry.items()
+        if f"{frame.get('__name__', '')}.".startswith(LIBRARIES)
+    }
+    for key in ours:
+        del registry[key]
+    try:
+        yield
+    finally:
+        registry.update(ours)
 
 
 _IN_PLACE = {
@@ -160,11 +394,6 @@ def _defaults(model: nn.Module, given: int) -> dict[str, Any] | None:
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is not p.empty
     ]
     return {p.name: p.default for p in extra} or None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _failing_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import VerifyError
@@ -86,7 +87,7 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> l
     def cast(v: Any) -> Any:
         return v.detach().to(device, dtype if v.is_floating_point() else v.dtype)
 
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), _AsPrecise(dtype):
         outputs = torch.func.functional_call(
             model,
             {name: cast(t) for name, t in tensors.items()},
@@ -95,3 +96,27 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> l
     return [
         t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()
     ]
+
+
+class _AsPrecise(TorchFunctionMode):
+    """Layers that compute in float32 whatever they are given compute in float64 where that is asked.
+
+    Else their rounding would hide an error of the cut.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.double = dtype == torch.float64
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Leave out casts of float64 to float32."""
+        kwargs = kwargs or {}
+        if self.double and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func is Tensor.to:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)

@@ -631,7 +631,7 @@ def across_channels(d: Draw, at: At, name: str) -> Built:
 
 
 FREEZING = frozenset(
-    {"group_norm", "local_response_norm", "channel_softmax", "channel_mean", "channel_max"}
+    {"local_response_norm", "channel_softmax", "channel_mean", "channel_max"}
     | {"cumsum", "sort", "opaque"}
 )  # an einsum with a parameter is a contraction, which an analysis may also understand
 

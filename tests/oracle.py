@@ -7,11 +7,14 @@ grouped convolution: rows of block g see the channels g * shape[1] .. (g + 1) * 
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,8 +26,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy at the original widths in which everything that read a removed channel reads zero.
 
     Zeroed: the removed entries of every "in" slice, and weights outside the rows x cols of their
-    grouping. Statistics over channels are left alone, so a plan that cuts below a GroupNorm or a
-    channel softmax is not described by this.
+    grouping. Norms over channels count the kept ones only: calls that end in torch.layer_norm,
+    rms_norm or group_norm with parameters that the plan cuts, and the layers of HAND_WRITTEN.
     """
     model = copy.deepcopy(model)
     tensors = _tensors(model)
@@ -37,7 +40,132 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         for rows, cols in zip(entry["rows"], entry["cols"], strict=True):
             kept[torch.tensor(rows)[:, None], torch.tensor(cols)] = True
         weight[~kept] = 0
+    _count_kept_only(model, plan)
     return model
+
+
+def _count_kept_only(model: nn.Module, plan: Plan) -> None:
+    """Norms inside `model` weigh every channel with 1 or 0, by formulas written out here."""
+    first = _first_names(model)
+    cut = {entry["tensor"] for entry in plan["slices"]}
+    ones = {key: t for key, t in _tensors(model).items() if key in first and first[key] in cut}
+    counts = {key: torch.ones(t.shape, dtype=torch.bool) for key, t in ones.items()}
+    for entry in plan["slices"]:
+        for key in counts:
+            if first[key] == entry["tensor"] and entry["size"] == counts[key].shape[entry["dim"]]:
+                _zero(counts[key], entry["dim"], entry["size"], entry["keep"])
+    for name, module in model.named_modules():
+        formula = HAND_WRITTEN.get(type(module).__name__)
+        own = counts.get(f"{name}.weight" if name else "weight")
+        if formula is not None and own is not None:
+            module.forward = partial(formula, module, own)
+    forward = model.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        live = {id(t): counts[key] for key, t in _tensors(model).items() if key in counts}
+        originals = {name: getattr(torch, name) for name in _FORMULAS}
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            for name, formula in _FORMULAS.items():
+                setattr(torch, name, partial(formula, originals[name], live))
+            return forward(*args, **kwargs)
+        finally:
+            for name, function in originals.items():
+                setattr(torch, name, function)
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    model.forward = run
+
+
+def _counted(live: Mapping[int, Tensor], *own: Tensor | None) -> Tensor | None:
+    return next((live[id(t)] for t in own if t is not None and id(t) in live), None)
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _moments(x: Tensor, one: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sum of squared distances to it, and count of the entries where `one` is true."""
+    n = one.expand_as(x).sum(dims, keepdim=True).clamp(min=1)
+    mean = (x * one).sum(dims, keepdim=True) / n
+    return mean, ((x - mean).square() * one).sum(dims, keepdim=True), n
+
+
+def _layer_norm(original, live, x, shape, weight=None, bias=None, eps=1e-5, *rest):
+    one = _counted(live, weight, bias)
+    if one is None:
+        return original(x, shape, weight, bias, eps, *rest)
+    mean, spread, n = _moments(x, one, tuple(range(-len(shape), 0)))
+    return _affine((x - mean) / (spread / n + eps).sqrt(), weight, bias)
+
+
+def _rms_norm(original, live, x, shape, weight=None, eps=None):
+    one = _counted(live, weight)
+    if one is None:
+        return original(x, shape, weight, eps)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    power = (x.square() * one).sum(-1, keepdim=True) / one.sum()
+    return x / (power + eps).sqrt() * weight
+
+
+def _group_norm(original, live, x, groups, weight=None, bias=None, eps=1e-5, *rest):
+    one = _counted(live, weight, bias)
+    if one is None:
+        return original(x, groups, weight, bias, eps, *rest)
+    y = _per_group(x, one, groups, eps)
+    shape = (-1, *[1] * (x.dim() - 2))
+    return _affine(y, *(None if t is None else t.view(shape) for t in (weight, bias)))
+
+
+def _per_group(x: Tensor, one: Tensor, groups: int, eps: float, centre: bool = True) -> Tensor:
+    """x [B, C, ...] by the deviation of its group of channels."""
+    blocks = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+    mean, spread, n = _moments(blocks, one.view(groups, -1, 1), (2, 3))
+    return ((blocks - mean * centre) / (spread / n + eps).sqrt()).view(x.shape)
+
+
+_FORMULAS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}
+
+
+def _column(t: Tensor, axis: int) -> Tensor:
+    """A vector that broadcasts along an axis of a batch of images, or along the last one."""
+    return t.view(-1, 1, 1) if axis == 1 else t
+
+
+def _response(module: nn.Module, one: Tensor, x: Tensor) -> Tensor:
+    axis = module.channel_dim
+    size = x.square().sum(module.spatial_dim, keepdim=True).sqrt()
+    mean = (size * _column(one, axis)).sum(axis, keepdim=True) / one.sum()
+    gain = size / (mean + module.eps)
+    return x + x * gain * _column(module.weight, axis) + _column(module.bias, axis)
+
+
+def _rms(module: nn.Module, one: Tensor, x: Tensor) -> Tensor:
+    power = (x.square() * _column(one, 1)).sum(1, keepdim=True) / one.sum()
+    return x / (power + module.eps).sqrt() * _column(module.weight, 1)
+
+
+def _simple(axis: int, module: nn.Module, one: Tensor, x: Tensor) -> Tensor:
+    _, spread, n = _moments(x, _column(one, axis), (axis,))
+    return x / (spread / (n - 1) + module.eps).sqrt() * _column(module.weight, axis)
+
+
+def _evo(module: nn.Module, one: Tensor, x: Tensor) -> Tensor:
+    y = _per_group(x, one, module.groups, module.eps, centre=False)
+    gate = (x * _column(module.v, 1)).sigmoid()
+    return _affine(y * gate, _column(module.weight, 1), _column(module.bias, 1))
+
+
+HAND_WRITTEN = {  # layers of timm that normalise by code of their own, by the name of the class
+    "GlobalResponseNorm": _response,
+    "RmsNorm2d": _rms,
+    "SimpleNorm": partial(_simple, -1),
+    "SimpleNorm2d": partial(_simple, 1),
+    "EvoNorm2dS0": _evo,
+}
 
 
 @torch.no_grad()
@@ -76,16 +204,35 @@ def relative_error(a: Any, b: Any) -> float:
 def flops(model: nn.Module, x: Tensor) -> float:
     """Multiply-accumulates per sample: half of what torch.utils.flop_counter counts.
 
-    Convolutions and matrix products; the fast path of attention, which it does not see, is off.
+    Convolutions and matrix products; the fast path of attention, which it does not see, is off, and
+    einsum, which multiplies elementwise where a sum has one term, counts by its equation.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _Einsum(counter) as einsum:
             model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops() / 2 / x.shape[0]
+    return (counter.get_total_flops() + einsum.unseen) / 2 / x.shape[0]
+
+
+class _Einsum(TorchFunctionMode):
+    """Counts what a flop counter misses of einsum: a product of the sizes of all its letters."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter, self.unseen = counter, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.counter.get_total_flops()
+        out = func(*args, **(kwargs or {}))
+        if func is torch.functional.einsum:
+            terms = args[0].replace(" ", "").split("->")[0].split(",")
+            sizes = {c: n for term, x in zip(terms, args[1:], strict=True)
+                     for c, n in zip(term, x.shape, strict=True)}  # fmt: skip
+            self.unseen += 2 * math.prod(sizes.values()) - (self.counter.get_total_flops() - before)
+        return out
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

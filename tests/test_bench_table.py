@@ -20,9 +20,10 @@ def test_the_tables_are_current(name):
     assert table.splice(text, ROOT / "bench" / "results") == text, "run `python bench/table.py`"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "bench" / "results").glob("*.csv")), ids=lambda p: p.stem
-)
+TIMINGS = [p for p in (ROOT / "bench" / "results").glob("*.csv") if p.stem not in table.APART]
+
+
+@pytest.mark.parametrize("path", sorted(TIMINGS), ids=lambda p: p.stem)
 def test_rows_are_whole(path):
     rows = table.read(path)
     assert len({table.identity(row) for row in rows}) == len(rows)
@@ -81,6 +82,28 @@ def test_a_table(tmp_path):
     new = table.splice("before\n<!-- bench:toy -->\nold\n<!-- /bench -->\nafter\n", tmp_path)
     assert new == WANTED
     assert table.splice(new, tmp_path) == new
+
+
+def peer(provider, **other):
+    values = {"library": "timm", "model": "net", "ratio": "0.5", "macs_before": "200"}
+    values |= {"shape": "1x3x8x8", "threads": "1", "device": "A processor", "torch": "2.0"}
+    values |= {"commit": "abc", "date": "2026-01-02", "provider": provider}
+    return dict.fromkeys(table.PEERS, "") | values | other
+
+
+def test_a_table_of_peers():
+    rows = [
+        peer("fxprune", macs_after="100", error="2.0e-16", seconds="0.50"),
+        peer("rival", macs_after="90", error="2.1e-01", seconds="0.25"),
+        peer("fxprune", model="other", macs_after="50", error="0.0e+00", seconds="1.00"),
+        peer("rival", model="other", failure="KeyError: a|b | at file.py:3 in f"),
+    ]
+    text = table.render_peers(rows)
+    assert "| timm net | 0.5 | **2.1e-01** | 45% | 0.25 | 2.0e-16 | 50% | 0.50 |" in text
+    assert "| timm other | 0.5 | fails: KeyError: a\\|b | - | - | 0.0e+00 | 25% | 1.00 |" in text
+    assert text.endswith(
+        "seconds; A processor, 1 thread(s), float64, torch 2.0; commit abc, 2026-01-02"
+    )
 
 
 def test_a_new_row_replaces_the_old_one_in_place(tmp_path):

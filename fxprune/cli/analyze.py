@@ -1,5 +1,5 @@
-"""`fxprune analyze`: what of a network can be cut, what not and why; with `--sensitivity`, how much
-each layer bears.
+"""`fxprune analyze`: what of a network can be cut, what not and why, in words and as a drawing; with
+`--sensitivity`, how much each layer bears.
 
 In Python: `fxprune.analyze`, `fxprune.sensitivity`.
 """
@@ -18,6 +18,7 @@ import typer
 from torch.utils.data import DataLoader
 
 import fxprune
+from fxprune.checkpoint import atomic_write
 from fxprune.cli import options as o
 from fxprune.cli import specs, values
 from fxprune.cli.console import percent, print_json, table, tell_files, telling, title
@@ -25,11 +26,14 @@ from fxprune.cli.folder import Run, opened
 from fxprune.cli.source import Opened, Source
 from fxprune.config import REGISTRY
 from fxprune.cost import Cost
+from fxprune.coupling import rows_of
 from fxprune.errors import OptionError
 from fxprune.sensitivity import Sensitivity, sensitivity
+from fxprune.views.coupling import draw_coupling
 from fxprune.views.tables import sensitivity_terminal
 
 if TYPE_CHECKING:
+    import networkx as nx
     from rich.console import Console
 
     from fxprune.groups import Analysis
@@ -41,6 +45,10 @@ Groups of channels that live or die together, and what is frozen:
 
   fxprune analyze torchvision:mobilenet_v2
 
+The same as a drawing, which layer makes and which reads the channels of a group:
+
+  fxprune analyze torchvision:mobilenet_v2 --out drawn
+
 How the accuracy falls when each layer is cut alone, and ratios that it bears:
 
   fxprune analyze zoo:resnet56 --weights w.pth --data cifar10 --sensitivity
@@ -48,6 +56,7 @@ How the accuracy falls when each layer is cut alone, and ratios that it bears:
   fxprune compile zoo:resnet56 --weights w.pth --ratio @ratios.json
 """
 _SCAN = "Sensitivity"
+DRAWING = "coupling.svg"
 
 
 def analyze(
@@ -134,7 +143,7 @@ def analyze(
         torch.set_num_threads(threads)
     with telling(as_json) as console:
         if not scan:
-            document = _analysed(console, source)
+            document = _analysed(console, source, out)
         else:
             folder = out or Path("fxprune-out") / f"{specs.slug(model)}-sensitivity"
             settings = ctx.params
@@ -160,8 +169,8 @@ def _methods(name: str, order: str | None) -> list[object]:
     return [values.method_of(name, {"order": o}) for o in dict.fromkeys(orders)]
 
 
-def _analysed(console: Console, source: Source) -> dict[str, Any]:
-    """Print the groups; the document."""
+def _analysed(console: Console, source: Source, out: Path | None) -> dict[str, Any]:
+    """Print the groups, and draw them where a folder is named; the document."""
     opened_source = source.open()
     analysis = fxprune.analyze(opened_source.model, opened_source.example)
     cost, whole = Cost.of(analysis), analysis.everything()
@@ -170,6 +179,15 @@ def _analysed(console: Console, source: Source) -> dict[str, Any]:
     console.print(str(analysis), markup=False, soft_wrap=True)
     shape = "x".join(str(n) for n in analysis.traced.example_inputs[0].shape)
     console.print(f"\n{macs:,} MACs per sample of {shape}, {params:,} parameters")
+    graph = analysis.coupling()
+    files = {}
+    if out is not None:
+        drawn = draw_coupling(graph, type(opened_source.model).__name__)
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write(out / DRAWING, drawn.encode("utf-8", "replace"))
+        files[DRAWING] = str(out / DRAWING)
+        console.print()
+        tell_files(console, out, {DRAWING: "the groups; open it in a browser"})
     return {
         "command": "analyze",
         "model": source.model,
@@ -178,20 +196,35 @@ def _analysed(console: Console, source: Source) -> dict[str, Any]:
         "input": list(analysis.traced.example_inputs[0].shape),
         "groups": _rows(analysis),
         "frozen": analysis.frozen,
+        "coupling": _graph(graph),
+        "files": files,
     }
 
 
 def _rows(analysis: Analysis) -> list[dict[str, Any]]:
     return [
         {
-            "name": g.name,
-            "channels": g.width,
-            "cuttable": len(g),
-            "residual": g.residual,
-            "members": list(g.members),
+            "name": r.name,
+            "kind": r.kind,
+            "channels": r.channels,
+            "cuttable": r.cuttable,
+            "macs_share": r.macs,
+            "residual": r.residual,
+            "members": list(r.members),
         }
-        for g in analysis.groups
+        for r in rows_of(analysis)
     ]
+
+
+def _graph(graph: nx.DiGraph) -> dict[str, Any]:
+    """A graph of groups as plain data."""
+    return {
+        "nodes": [{"name": name, **values} for name, values in graph.nodes(data=True)],
+        "edges": [
+            {"from": a, "to": b, "layers": list(layers)}
+            for a, b, layers in graph.edges(data="layers")
+        ],
+    }
 
 
 def _scan(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -42,10 +41,10 @@ def contract(flow: Flow, node: Node, x: Label, w: Weight, axis: int) -> Label:
     """
     out = value_of(node)
     ledger = flow.ledger
+    axis %= len(x.shape)
+    if x.varying and axis not in x.varying:
+        return _along_another_axis(flow, node, x, w, axis)
     columns = channel_ids(flow, node, x, axis)
-    if x.varying and axis % len(x.shape) not in x.varying:
-        ledger.freeze(x.ids, node, "a linear map runs along another axis of it")
-        columns = torch.zeros_like(columns)
     n_in, n_out = len(columns), out.shape[axis]
     dim_out, dim_in = (1, 0) if w.transposed else (0, 1)
     blocks_in, blocks_out = (1, w.groups) if w.transposed else (w.groups, 1)
@@ -61,10 +60,31 @@ def contract(flow: Flow, node: Node, x: Label, w: Weight, axis: int) -> Label:
                 ledger.couple_along(ids.view(w.groups, -1), [0], node, "of a grouped convolution")
     if w.bias is not None:
         ledger.slot(w.bias, 0, "out", rows, node)
+    ledger.claimed.update((t, d, node) for t in (w.name, w.bias) for d in (0, 1) if t)
     _count(flow, node, x, w, n_in, n_out)
     shape = [1] * len(out.shape)
     shape[axis] = n_out
     return Label(tuple(out.shape), rows.view(shape))
+
+
+def _along_another_axis(flow: Flow, node: Node, x: Label, w: Weight, axis: int) -> Label:
+    """A map over positions: channels on other axes pass, the map itself stays whole.
+
+    Positions that a convolution mixes beside `axis` must not carry channels.
+    """
+    out = value_of(node)
+    why = "its input has channels along another axis"
+    mixed = [d for d in range(axis + 1, len(x.shape)) if w.shape[2:]]
+    kept = flow.ledger.complete(x, mixed, node, why)
+    for name in (w.name, w.bias):
+        if name is not None:
+            flow.ledger.whole.setdefault(name, (node, why))
+    if kept.varying and w.groups == 1:
+        share = out.numel() * w.shape[1] * math.prod(w.shape[2:]) / kept.ids.numel()
+        if w.transposed:
+            share = math.prod(x.shape) * w.shape[1] * math.prod(w.shape[2:]) / kept.ids.numel()
+        flow.ledger.macs.append(MacTerm(node.name, share / flow.traced.batch, (kept.ids,)))
+    return Label(tuple(out.shape), kept.ids)
 
 
 def _by_whole_groups(ledger: Ledger, w: Weight, columns: Tensor, n_in: int, n_out: int) -> bool:
@@ -104,10 +124,10 @@ def _count(flow: Flow, node: Node, x: Label, w: Weight, n_in: int, n_out: int) -
     places = (math.prod(x.shape) // n_in) if w.transposed else (out.numel() // n_out)
     factor = places * kernel / batch
     if flow.ledger.whole_groups.get(w.name, False):
-        dims: tuple[tuple[str, int], ...] = ((w.name, 0),)
+        dims: tuple[Tensor, ...] = (flow.ledger.slots[w.name, 0].ids,)
         factor *= (n_out if w.transposed else n_in) // w.groups
     else:
-        dims = ((w.name, 0), (w.name, 1))
+        dims = (flow.ledger.slots[w.name, 0].ids, flow.ledger.slots[w.name, 1].ids)
         factor /= w.groups
     flow.ledger.macs.append(MacTerm(node.name, factor, dims))
 
@@ -141,32 +161,61 @@ def linear_module(flow: Flow, node: Node) -> Value:
     return contract(flow, node, x, w, len(x.shape) - 1)
 
 
-def _name(flow: Flow, node: Node) -> str | None:
-    return flow.ledger.tensors.name(flow.traced.attribute(node))
+def contract_by(
+    flow: Flow, node: Node, x: Label, weight: Label, bias: Label | None, axis: int
+) -> Label:
+    """As `contract`, by a weight [out, in, ...] that forward computes from parameters.
+
+    Position by position along its first two axes; what else it does to them stays uncut.
+    """
+    out = value_of(node)
+    axis %= len(x.shape)
+    columns = channel_ids(flow, node, x, axis)
+    inner = flow.bind(node, weight, [1], role="in")
+    outer = flow.bind(node, weight, [0], producer=True)
+    why = "the weight that reads it is not made of parameters along this axis"
+    flow.ledger.couple(columns, inner.ids.flatten(), node, why)
+    rows = outer.ids.flatten()
+    if bias is not None:
+        bound = flow.bind(node, bias, [0])
+        flow.ledger.couple(rows, bound.ids.flatten(), node, "its bias cannot be cut")
+    count = out.numel() // out.shape[axis] * math.prod(weight.shape[2:]) / flow.traced.batch
+    sizes = (columns.expand(weight.shape[1]), rows.expand(weight.shape[0]))
+    flow.ledger.macs.append(MacTerm(node.name, count, sizes))
+    shape = [1] * len(out.shape)
+    shape[axis] = len(rows)
+    return Label(tuple(out.shape), rows.view(shape))
 
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 @rule("linear")
 def functional_contraction(flow: Flow, node: Node) -> Value:
-    """F.conv2d and friends with a weight (and bias) that are parameters of the model."""
+    """F.conv2d and friends with a weight (and bias) that are parameters, or made of them."""
     name = op_name(node)
     transposed = "transpose" in name
     order = ["input", "weight", "bias", "stride", "padding"]
     order += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
     args = arguments(node, *order)
-    x, weight = flow.of(args["input"]), args["weight"]
-    bias = args["bias"]
-    direct = all(n is None or (isinstance(n, Node) and n.op == "get_attr") for n in (weight, bias))
-    if x is None or not direct:
-        return opaque(flow, node, f"the weight of this `{name}` is computed, not a parameter")
-    names = [None if n is None else _name(flow, n) for n in (weight, bias)]
-    flow.ledger.claimed.update((n, node) for n in names if n)
-    w = Weight(
-        names[0] or "",
-        tuple(value_of(weight).shape),
-        names[1],
-        int(constant(args.get("groups", 1))),
-        transposed,
-    )
+    x, weight, bias = (flow.of(args[key]) for key in ("input", "weight", "bias"))
+    if x is None or weight is None:
+        return opaque(flow, node, f"a `{name}` of something that is no tensor")
     last = 0 if name == "linear" else int(name[-2])
-    return contract(flow, node, x, w, len(x.shape) - last - 1)
+    axis = len(x.shape) - last - 1
+    groups = int(constant(args.get("groups", 1)))
+    direct = [_whole_parameter(flow, args[key]) for key in ("weight", "bias")]
+    if direct[0] and (bias is None or direct[1]):
+        w = Weight(direct[0], weight.shape, direct[1], groups, transposed)
+        return contract(flow, node, x, w, axis)
+    computed = not weight.parts and not weight.uncut
+    if name == "linear" and computed:
+        return opaque(flow, node, "a `linear` whose weight is an activation")
+    if groups > 1 or transposed or not weight.parts or (x.varying and axis not in x.varying):
+        return opaque(flow, node, f"the weight of this `{name}` is computed, not a parameter")
+    return contract_by(flow, node, x, weight, bias, axis)
+
+
+def _whole_parameter(flow: Flow, node: object) -> str | None:
+    """The name of the parameter that a node reads as it is."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    return flow.ledger.tensors.name(flow.traced.attribute(node))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxprune.flow import RULES, Flow, Value, axis_ids, opaque, rule, rule_where
+from fxprune.flow import RULES, Flow, Value, opaque, rule, rule_where
 from fxprune.graph import function_name, op_name, value_of
-from fxprune.labels import Label, uncut
+from fxprune.labels import Label, Part, uncut
 from fxprune.modes import ModeCall
 
 _POINTWISE = {
@@ -43,10 +43,11 @@ def elementwise(flow: Flow, node: Node) -> Value:
     if not isinstance(out, Tensor):
         return opaque(flow, node, "an elementwise operation with several results")
     labels = [label for n in tensor_args(node) if (label := flow.of(n)) is not None]
-    if len(labels) == 1 and labels[0].shape == tuple(out.shape) and not labels[0].param:
+    if len(labels) == 1 and labels[0].shape == tuple(out.shape):
         return labels[0]
     result = join(flow, node, labels, tuple(out.shape))
-    if op_name(node) in ("add", "sub") and sum(not label.uncut for label in labels) > 1:
+    met = sum(not label.uncut for label in labels)
+    if op_name(node) in ("add", "sub") and met > 1:
         flow.ledger.residual.append(result.ids.flatten())
     return result
 
@@ -59,29 +60,70 @@ def tensor_args(node: Node) -> list[Node]:
 
 
 def join(flow: Flow, node: Node, labels: Sequence[Label], shape: tuple[int, ...]) -> Label:
-    """Couple the labels of operands that broadcast to `shape`."""
+    """Couple the labels of operands that broadcast to `shape`.
+
+    The result has the ids of the operand with most of them. What another operand has along other
+    axes becomes one (or stays); where it is full and cannot be cut, neither can the result.
+    """
     aligned = [_align(label, len(shape)) for label in labels]
     varying = sorted({d for label in aligned for d in label.varying})
-    aligned = [_on_axes(flow, node, label, varying, shape) for label in aligned]
-    full: list[Label] = []
-    for label in aligned:
-        if label.ids.numel() == 1 and any(label.shape[d] == 1 < shape[d] for d in varying):
-            flow.ledger.freeze(label.ids, node, "its one channel is broadcast over many")
-        else:
-            full.append(label)
-    if not full or not varying:
-        single = [a for a in aligned if not a.uncut]
-        for other in single[1:]:
-            flow.ledger.couple(single[0].ids, other.ids, node)
-        return Label(shape, single[0].ids) if single else uncut(shape)
-    leader = max(full, key=lambda label: label.ids.numel())
-    for other in full:
-        if other is not leader:  # guard: elementwise -> tests/test_groups.py -k residual
-            flow.ledger.couple(
-                leader.ids, other.ids, node, "it meets a tensor whose channels cannot be cut"
-            )
-    sizes = torch.broadcast_shapes(*(label.ids.shape for label in full))
-    return Label(shape, leader.ids.expand(sizes))
+    if not varying:
+        return _constant(flow, node, aligned, shape)
+    aligned = [flow.bind(node, label, [d for d in varying if label.shape[d] > 1]) for label in aligned]  # fmt: skip
+    first = max(range(len(aligned)), key=lambda i: aligned[i].ids.numel())
+    leader = aligned[first]
+    ids = leader.ids
+    for i, other in enumerate(aligned):
+        if i != first:  # guard: elementwise -> tests/test_groups.py -k residual
+            ids = _meet(flow, node, ids, leader, other)
+    return Label(shape, ids)
+
+
+def _meet(flow: Flow, node: Node, ids: Tensor, leader: Label, other: Label) -> Tensor:
+    """Couple what one operand has with the ids of the leading one; returns what these become."""
+    why = "it meets a tensor whose channels cannot be cut"
+    extra = [d for d in other.varying if leader.ids.shape[d] == 1]
+    if extra:
+        other = flow.ledger.complete(other, extra, node, "it meets channels along another axis")
+    common = other.varying
+    full = [d for d in leader.varying if other.shape[d] > 1 and d not in common]
+    if common:
+        flow.ledger.couple(ids, other.ids, node, why)
+        return ids
+    if not full:
+        if not other.uncut and any(leader.shape[d] > 1 for d in leader.varying):
+            flow.ledger.freeze(other.ids, node, "its one channel is broadcast over many")
+        return ids
+    if full == leader.varying:
+        flow.ledger.couple(ids, other.ids, node, why)
+        return ids
+    flow.ledger.couple_along(ids, full, node, why)
+    return ids
+
+
+def _constant(flow: Flow, node: Node, labels: Sequence[Label], shape: tuple[int, ...]) -> Label:
+    """Nothing varies: one channel each, or tensors made of parameters, which keep what they are."""
+    single = [a for a in labels if not a.uncut]
+    for other in single[1:]:
+        flow.ledger.couple(single[0].ids, other.ids, node)
+    if single:
+        return Label(shape, single[0].ids)
+    return Label(shape, uncut(shape).ids, merged_parts(labels, shape))
+
+
+def merged_parts(labels: Sequence[Label], shape: Sequence[int]) -> tuple[Part, ...]:
+    """Dimensions of parameters that survive in a tensor computed of them, position by position.
+
+    Along an axis where another operand is full and no parameter, nothing can be cut.
+    """
+    kept: list[Part] = []
+    for label in labels:
+        for part in label.parts:
+            axes = [d for d, n in enumerate(part.index.shape) if n > 1]
+            others = [o for o in labels if o is not label and any(o.shape[d] > 1 for d in axes)]
+            if all(any(p.index.shape[d] > 1 for p in o.parts for d in axes) for o in others):
+                kept.append(part)
+    return tuple(kept)
 
 
 def _align(label: Label, rank: int) -> Label:
@@ -89,21 +131,9 @@ def _align(label: Label, rank: int) -> Label:
     lead = rank - len(label.shape)
     if lead <= 0:
         return label
-    return Label((1,) * lead + label.shape, label.ids[(None,) * lead], label.param)
-
-
-def _on_axes(
-    flow: Flow, node: Node, label: Label, varying: Sequence[int], shape: tuple[int, ...]
-) -> Label:
-    """A parameter of several axes takes ids along the one axis on which the activation has them."""
-    axes = [d for d in varying if label.shape[d] > 1]
-    if label.param is None or len(axes) != 1:
-        return label
-    t = flow.ledger.tensors.tensor[label.param]
-    flow.ledger.claimed.add((label.param, node))
-    own = axes[0] - (len(shape) - t.dim())
-    ids = axis_ids(flow, label.param, t, own, node)
-    return _align(Label(tuple(t.shape), ids), len(shape))
+    new = (None,) * lead
+    parts = tuple(Part(p.tensor, p.dim, p.index[new]) for p in label.parts)
+    return Label((1,) * lead + label.shape, label.ids[new], parts)
 
 
 for _kind in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,21 @@ from torch.utils import _pytree as pytree
 
 from fxprune.flow import Flow, Value, opaque, rule, uncut_like
 from fxprune.graph import arguments, constant, op_name, value_of
-from fxprune.labels import Label, compact, uncut
+from fxprune.labels import Label, Part, compact, uncut
 from fxprune.rules.contraction import channel_ids
 
 
-def run_on_ids(flow: Flow, node: Node) -> Any:
-    """Run the node's own operation with ids in place of tensors and numbers in place of sizes."""
+def run_on_ids(flow: Flow, node: Node, ids_of: Callable[[Label], Tensor] | None = None) -> Any:
+    """Run the node's own operation with ids in place of tensors and numbers in place of sizes.
+
+    ids_of: what stands for a labelled tensor, int64 of its true shape; its ids where omitted.
+    """
 
     def stand_in(n: Node) -> Any:
         label = flow.of(n)
-        return value_of(n) if label is None else label.expanded()
+        if label is None:
+            return value_of(n)
+        return ids_of(label) if ids_of else label.expanded()
 
     args, kwargs = map_arg(node.args, stand_in), map_arg(node.kwargs, stand_in)
     if node.op == "call_module":
@@ -34,13 +39,46 @@ def run_on_ids(flow: Flow, node: Node) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-@rule("view", "reshape", "flatten", "unflatten", "ravel", "permute", "transpose", "movedim", "t")
-@rule("unsqueeze", "squeeze", "expand", "repeat", "tile", "broadcast_to", "numpy_T", "adjoint")
+def run_on(node: Node, value: Any) -> Any:
+    """Run a node's own function or method on another first argument, with numbers for sizes."""
+    rest, kwargs = constant(node.args[1:]), constant(node.kwargs)
+    if node.op == "call_method":
+        target = "reshape" if node.target == "view" else str(node.target)
+        return getattr(value, target)(*rest, **kwargs)
+    return node.target(value, *rest, **kwargs)  # type: ignore[operator]
+
+
+def _move_parts(flow: Flow, node: Node) -> Value:
+    """A tensor made of parameters: each dimension's index is moved as ids are."""
+    label = flow.first(node)
+
+    def indices(part: Part) -> list[Tensor]:
+        moved = run_on_ids(
+            flow, node, lambda x: part.index.expand(x.shape) if x is label else x.expanded()
+        )
+        return [m for m in pytree.tree_leaves(moved) if isinstance(m, Tensor)]
+
+    moved = [(part, indices(part)) for part in label.parts]
+    count = iter(range(len(moved[0][1])))
+
+    def labelled(value: Any) -> Value:
+        if not isinstance(value, Tensor):
+            return None
+        i = next(count)
+        parts = [Part(p.tensor, p.dim, compact(m[i])) for p, m in moved]
+        kept = tuple(p for p in parts if p.index.numel() > 1)
+        return Label(tuple(value.shape), uncut(value.shape).ids, kept)
+
+    return pytree.tree_map(labelled, value_of(node))
+
+
+@rule("flatten", "ravel", "permute", "transpose", "movedim", "t", "unsqueeze", "squeeze")
+@rule("numpy_T", "adjoint", "rot90", "atleast_1d", "atleast_2d", "atleast_3d", "unsafe_view")
 @rule(nn.Flatten, nn.Unflatten)
 def move(flow: Flow, node: Node) -> Value:
     """Operations that only rearrange elements: run them on the ids and read the result."""
     if all(label.uncut for label in flow.inputs(node)):
-        return uncut_like(value_of(node))
+        return _move_parts(flow, node) if flow.first(node).parts else uncut_like(value_of(node))
     return pytree.tree_map(
         lambda ids: Label(tuple(ids.shape), compact(ids)) if isinstance(ids, Tensor) else None,
         run_on_ids(flow, node),
@@ -62,15 +100,16 @@ def pieces(flow: Flow, node: Node) -> Value:
     """Parts of an axis: sizes are rewritten when it is cut, and no part may vanish."""
     x = flow.first(node)
     name = op_name(node)
-    order = ("dim", "start", "length") if name == "narrow" else ("parts", "dim")
+    order = ("dim",) if name == "narrow" else ("parts", "dim")
     args = arguments(node, "input", *order)
     axis = constant(args.get("dim", 0)) % len(x.shape)
-    parts = args["parts"] or args["sections"] or args["indices_or_sections"]
-    if name == "tensor_split" and not isinstance(constant(parts), int):
-        flow.ledger.complete(x, [axis], node, "`tensor_split` at given indices")
+    out = value_of(node)
+    whole = name == "narrow" or sum(part.shape[axis] for part in out) == x.shape[axis]
+    if not whole or (name != "narrow" and any(part.shape[axis] == 0 for part in out)):
+        flow.ledger.complete(x, [axis], node, f"parts of this `{name}` are empty or overlap")
     elif merged(x, axis):
         flow.ledger.complete(x, [axis], node, "a part of an axis that holds positions too")
-    return _all_stay(flow, move(flow, node))
+    return all_stay(flow, move(flow, node))
 
 
 def merged(x: Label, axis: int) -> bool:
@@ -81,69 +120,13 @@ def merged(x: Label, axis: int) -> bool:
     return (axis == 0 and len(x.shape) > 2) or len(torch.unique(rows, dim=0)) < len(rows)
 
 
-def _all_stay(flow: Flow, value: Value) -> Value:
+def all_stay(flow: Flow, value: Value) -> Value:
     """Of every part, at least one channel must stay."""
     labels = [v for v in pytree.tree_leaves(value) if isinstance(v, Label)]
     for label in labels:  # guard: no empty part -> tests/test_groups.py -k piece
         if not label.uncut:
             flow.ledger.pieces.append(label.ids.flatten())
     return value
-
-
-@rule("unbind", "select")
-def single(flow: Flow, node: Node) -> Value:
-    """Taking single entries of an axis needs the axis whole."""
-    x = flow.first(node)
-    axis = constant(arguments(node, "input", "dim").get("dim", 0)) % len(x.shape)
-    if flow.ledger.complete(x, [axis], node, f"`{op_name(node)}` picks single channels").uncut:
-        return uncut_like(value_of(node))
-    return move(flow, node)
-
-
-@rule("getitem")
-def getitem(flow: Flow, node: Node) -> Value:
-    """x[...]: slices of step 1 are rewritten, single indices need their axis whole."""
-    source, index = node.args
-    value = flow.labels.get(source)  # type: ignore[arg-type]
-    if isinstance(value, tuple | list):
-        return value[index] if isinstance(index, int | slice) else None
-    x = flow.of(source)
-    if x is None:
-        return None
-    steps = index_steps(constant(index), len(x.shape))
-    if steps is None:
-        return opaque(flow, node, "an index that is itself a tensor or list")
-    broken = [
-        d
-        for d, step in steps.items()
-        if isinstance(step, int) or step.step not in (None, 1) or (_shortens(step) and merged(x, d))
-    ]
-    if flow.ledger.complete(x, broken, node, "single channels are picked by index").uncut:
-        return uncut_like(value_of(node))
-    result = move(flow, node)
-    return _all_stay(flow, result) if any(_shortens(s) for s in steps.values()) else result
-
-
-def _shortens(step: Any) -> bool:
-    return isinstance(step, slice) and (step.start, step.stop) != (None, None)
-
-
-def index_steps(index: Any, rank: int) -> dict[int, Any] | None:
-    """What an index does to each axis: {axis: int or slice}; None for tensors, lists and masks."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(not isinstance(i, int | slice | type(None) | type(Ellipsis)) for i in items) or any(
-        isinstance(i, bool) for i in items
-    ):
-        return None
-    real = sum(i is not None and i is not Ellipsis for i in items)
-    steps, axis = {}, 0
-    for item in items:
-        if item is Ellipsis:
-            axis += rank - real
-        elif item is not None:
-            steps[axis] = item
-            axis += 1
-    return steps
 
 
 @rule("cat", "stack")
@@ -154,8 +137,13 @@ def concatenate(flow: Flow, node: Node) -> Value:
     out = value_of(node)
     if labels is None or any(label is None for label in labels):
         return opaque(flow, node, "a concatenation of a computed list")
-    parts = [label for label in labels if label is not None]
+    parts = _bound(flow, node, [label for label in labels if label is not None])
     dim = given.get("dim", given.get("axis", 0)) % len(out.shape)
+    name = op_name(node)
+    if len(parts) > 1 and (name == "stack" or not any(dim in label.varying for label in parts)):
+        ids = flow.couple_all(node, parts)  # beside each other, not behind: all or none
+        ids = ids.unsqueeze(dim) if name == "stack" else ids
+        return Label(tuple(out.shape), ids, _joined_parts(node, parts, dim))
     ids = [label.ids for label in parts]
     if op_name(node) == "cat":
         ids = [i.narrow(dim, 0, 1).expand(_with(i, dim, p.shape[dim])) if i.shape[dim] == 1 else i
@@ -164,7 +152,30 @@ def concatenate(flow: Flow, node: Node) -> Value:
     wide = [i.expand([i.shape[d] if op_name(node) == "cat" and d == dim else n
                       for d, n in enumerate(sizes)]) for i in ids]  # fmt: skip
     joined = torch.cat(wide, dim) if op_name(node) == "cat" else torch.stack(wide, dim)
-    return Label(tuple(out.shape), compact(joined))
+    return Label(tuple(out.shape), compact(joined), _joined_parts(node, parts, dim))
+
+
+def _bound(flow: Flow, node: Node, labels: Sequence[Label]) -> list[Label]:
+    """Tensors made of parameters take ids on the axes where those beside them have ids."""
+    axes = sorted({d for label in labels for d in label.varying})
+    return [flow.bind(node, label, axes) if axes else label for label in labels]
+
+
+def _joined_parts(node: Node, labels: Sequence[Label], dim: int) -> tuple[Part, ...]:
+    """The dimensions of parameters laid side by side; -1 where another one lies."""
+    if op_name(node) != "cat":
+        return ()
+    found = []
+    for i, label in enumerate(labels):
+        for part in label.parts:
+            rows = [
+                part.index.expand(_with(part.index, dim, other.shape[dim]))
+                if i == j
+                else torch.full(_with(part.index, dim, other.shape[dim]), -1)
+                for j, other in enumerate(labels)
+            ]
+            found.append(Part(part.tensor, part.dim, compact(torch.cat(rows, dim))))
+    return tuple(found)
 
 
 def _with(ids: Tensor, dim: int, n: int) -> list[int]:
@@ -194,7 +205,7 @@ def pad(flow: Flow, node: Node) -> Value:
     shape = [1] * len(out.shape)
     shape[axis] = len(ids)
     label = Label(tuple(out.shape), ids.view(shape))
-    return _all_stay(flow, label) if min(before, after) < 0 else label
+    return all_stay(flow, label) if min(before, after) < 0 else label
 
 
 def _ones(x: Label) -> list[int]:
@@ -207,22 +218,6 @@ def pad_amounts(amounts: Sequence[int], rank: int) -> list[tuple[int, int]]:
     for i in range(len(amounts) // 2):
         pairs[rank - 1 - i] = (int(amounts[2 * i]), int(amounts[2 * i + 1]))
     return pairs
-
-
-@rule("channel_shuffle", nn.ChannelShuffle)
-def channel_shuffle(flow: Flow, node: Node) -> Value:
-    """The same positions of every group are cut, so that the shuffle still fits."""
-    x = flow.first(node)
-    if node.op == "call_module":
-        module = flow.traced.module(node)
-        assert isinstance(module, nn.ChannelShuffle)
-        groups = module.groups
-    else:
-        groups = arguments(node, "input", "groups")["groups"]
-    ids = channel_ids(flow, node, x, 1)
-    if groups > 1:  # guard: shuffles stay rectangles -> tests/test_law.py -k shuffle_module
-        flow.ledger.couple_along(ids.view(groups, -1), [0], node, "of a channel shuffle")
-    return move(flow, node)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", nn.PixelShuffle, nn.PixelUnshuffle)

@@ -21,7 +21,8 @@ def _spatial_rank(name: str) -> int | None:
     found = re.fullmatch(
         r"(?:adaptive_|fractional_|lp_)?(?:max_|avg_)?pool([123])d"
         r"|(?:Adaptive|Fractional|LP)?(?:Max|Avg)?Pool([123])d"
-        r"|(?:Zero|Constant|Reflection|Replication|Circular)Pad([123])d",
+        r"|(?:Zero|Constant|Reflection|Replication|Circular)Pad([123])d"
+        r"|(?:adaptive_)?max_pool([123])d_with_indices",
         name,
     )
     return int(next(g for g in found.groups() if g)) if found else None
@@ -32,13 +33,13 @@ def spatial(flow: Flow, node: Node) -> Value:
     x = flow.of(first_argument(node))
     out = value_of(node)
     name = op_name(node) or type(flow.traced.module(node)).__name__
-    if x is None or not isinstance(out, Tensor):
-        return opaque(flow, node, f"`{name}` with several results")
+    if x is None:
+        return opaque(flow, node, f"`{name}` of what is no tensor")
     rank = _spatial_rank(name) or len(x.shape) - 2
     kept = flow.ledger.complete(
         x, range(len(x.shape) - rank, len(x.shape)), node, f"`{name}` mixes positions of channels"
     )
-    return Label(tuple(out.shape), kept.ids)
+    return pytree.tree_map(lambda v: Label(tuple(v.shape), kept.ids), out)  # and places, if asked
 
 
 for _d in "123":
@@ -48,12 +49,15 @@ for _d in "123":
         rule(getattr(nn, f"{_name}{_d}d"))(spatial)
     for _name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool"):
         rule(f"{_name}{_d}d")(spatial)
+    for _name in ("max_pool", "adaptive_max_pool"):
+        rule(f"{_name}{_d}d_with_indices")(spatial)
 rule("interpolate", "upsample")(spatial)
 rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)(spatial)
 
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "norm", "logsumexp")
-@rule("all", "any", "median", "nanmean", "nansum", "var_mean", "std_mean")
+@rule("all", "any", "median", "nanmean", "nansum", "var_mean", "std_mean", "argmax", "argmin")
+@rule("count_nonzero", "nanmedian", "mode", "kthvalue")
 def reduction(flow: Flow, node: Node) -> Value:
     """Reducing other axes keeps the channels; reducing channels freezes them."""
     name = op_name(node)
@@ -62,13 +66,15 @@ def reduction(flow: Flow, node: Node) -> Value:
     x = flow.of(first_argument(node))
     if x is None:
         return uncut_like(value_of(node))
-    skip = ("input", "p") if name == "norm" else ("input",)
+    skip = ("input", "p") if name in ("norm", "kthvalue") else ("input",)
     order: tuple[str, ...] = ("dim", "keepdim")
     if name in ("var", "std", "var_mean", "std_mean"):
         bare = len(node.args) > 1 and isinstance(node.args[1], bool)
         order = ("unbiased",) if bare else ("dim", "unbiased", "keepdim")
     given = arguments(node, *skip, *order)
     dims = constant(given["dim"] if given["dim"] is not None else given["axis"])
+    if dims is None and name in ("mode", "kthvalue"):
+        dims = -1
     dims = [dims] if isinstance(dims, int) else list(dims or range(len(x.shape)))
     dims = [d % max(len(x.shape), 1) for d in dims]
     x = flow.ledger.complete(x, dims, node, f"`{name}` runs over the channels")
@@ -93,3 +99,22 @@ def along_one_axis(flow: Flow, node: Node) -> Value:
     if not isinstance(dim, int):
         return opaque(flow, node, f"`{name}` without an axis")
     return flow.ledger.complete(x, [dim % len(x.shape)], node, f"`{name}` runs over the channels")
+
+
+@rule("sort", "argsort", "msort", "topk", "cummax", "cummin", "diff")
+def in_order(flow: Flow, node: Node) -> Value:
+    """Sorting and its like: values and places keep the channels of the other axes."""
+    x, name = flow.first(node), op_name(node)
+    order = {"topk": ("k", "dim"), "diff": ("n", "dim")}.get(name, ("dim",))
+    dim = 0 if name == "msort" else arguments(node, "input", *order).get("dim", -1)
+    axis = constant(dim) % max(len(x.shape), 1)
+    ids = flow.ledger.complete(x, [axis], node, f"`{name}` runs over the channels").ids
+    return pytree.tree_map(lambda v: Label(tuple(v.shape), ids), value_of(node))
+
+
+@rule("tril", "triu")
+def triangle(flow: Flow, node: Node) -> Value:
+    """Zeros by row and column: both axes must stay whole."""
+    x = flow.first(node)
+    axes = [len(x.shape) - 2, len(x.shape) - 1]
+    return flow.ledger.complete(x, axes, node, f"`{op_name(node)}` goes by row and column")

@@ -1,4 +1,4 @@
-"""Layers with a parameter or statistic per channel; and those that mix channels, which freeze."""
+"""Layers with a parameter or statistic of each channel alone."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.flow import Flow, Value, opaque, rule
-from fxprune.graph import op_name
 from fxprune.labels import Label
 from fxprune.rules.contraction import channel_ids
 from fxprune.rules.elementwise import tensor_args
+from fxprune.rules.norms import PER_CHANNEL_NORMS, unknown_part
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-@rule("torchvision.ops.misc.FrozenBatchNorm2d")
+@rule(*PER_CHANNEL_NORMS)
 def normalise_each(flow: Flow, node: Node) -> Value:
     """Batch and instance norm: a parameter and statistics per channel, axis 1."""
     x = flow.first(node)
     module = flow.traced.module(node)
+    if why := unknown_part(module):
+        return opaque(flow, node, why)
     own = [*module._parameters.values(), *module._buffers.values()]
     return _per_channel(flow, node, x, own, channel_axis(module, len(x.shape)))
 
@@ -58,16 +60,11 @@ def functional_per_channel(flow: Flow, node: Node) -> Value:
     assert x is not None
     ids = channel_ids(flow, node, x, 1)
     for label in own:
-        if label is not None and label.ids.numel() > 1:
-            flow.ledger.couple(ids, label.ids.flatten(), node)
-        elif label is not None and math.prod(label.shape) > 1:
+        if label is None or math.prod(label.shape) == 1:
+            continue
+        own_ids = flow.bind(node, label, range(len(label.shape))).ids
+        if own_ids.numel() > 1:
+            flow.ledger.couple(ids, own_ids.flatten(), node)
+        else:
             flow.ledger.freeze(ids, node, "it is scaled by a tensor that cannot be cut")
     return x
-
-
-@rule("layer_norm", "group_norm", "rms_norm", "local_response_norm", "normalize", "glu")
-@rule(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.GLU)
-def mixes_channels(flow: Flow, node: Node) -> Value:
-    """Statistics taken across channels change with them: frozen."""
-    name = op_name(node) or type(flow.traced.module(node)).__name__
-    return opaque(flow, node, f"`{name}` computes with several channels at once")

@@ -8,20 +8,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.flow import Flow, Value, opaque, rule, uncut_like
-from fxprune.graph import constant, op_name, value_of
-from fxprune.labels import Label
+from fxprune.graph import op_name, value_of
 from fxprune.rules.movement import move
 
 
-@rule("dim", "ndimension", "is_floating_point", "is_contiguous", "get_device")
+@rule("dim", "ndimension", "is_floating_point", "is_contiguous", "get_device", "numel", "nelement")
 def about(flow: Flow, node: Node) -> Value:
-    """Facts about a tensor that do not change with its channels."""
-    return None
+    """Facts about a tensor: they do not change with its channels, or are pinned."""
+    return _understood(flow, node)
 
 
 @rule("size", "getattr")
 def size(flow: Flow, node: Node) -> Value:
-    """Sizes are read one by one (and pinned), or given whole to a view; else the channels freeze."""
+    """Sizes are numbers, pinned to the original's; other attributes are tensors or say nothing."""
     x = flow.of(node.args[0])
     if op_name(node) == "getattr":
         source: Any = node.args[0]
@@ -37,21 +36,10 @@ def size(flow: Flow, node: Node) -> Value:
             return opaque(flow, node, f"fxprune has no rule for `.{field_}`")
         if field_ != "shape":
             return uncut_like(value_of(node))
-    if x is None or isinstance(value_of(node), int):
-        return None
-    for user in node.users:
-        if not _size_is_safe(user, node, x):  # guard: whole shapes -> tests/test_groups.py -k shape
-            flow.ledger.freeze(x.ids, user, "its shape is used as a whole")
-    return None
+    return _understood(flow, node)
 
 
-def _size_is_safe(user: Node, sizes: Node, x: Label) -> bool:
-    name = op_name(user)
-    if name in ("view", "reshape", "expand"):
-        return user.args[0] is not sizes
-    if name != "getitem":
-        return False
-    index = constant(user.args[1])
-    if isinstance(index, int):
-        return True
-    return isinstance(index, slice) and not set(range(len(x.shape))[index]) & set(x.varying)
+def _understood(flow: Flow, node: Node) -> None:
+    """Reading a size does not make a parameter stay as it is."""
+    for label in flow.inputs(node):
+        flow.ledger.claimed.update((*part.key, node) for part in label.parts)

@@ -59,7 +59,7 @@ _NAME, _TITLE = 64, 120  # letters of a name in a table, and in a heading
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> None:
     """Write a report's page; OSError when the folder is missing or cannot be written."""
-    _write(path, report_page(report))
+    write_text(path, report_page(report))
 
 
 def write_sensitivity(scan: Scan, path: str | os.PathLike[str], drop: float = 0.01) -> None:
@@ -72,10 +72,11 @@ def write_sensitivity(scan: Scan, path: str | os.PathLike[str], drop: float = 0.
         proposals=scan.propose(drop),
         drop=drop,
     )
-    _write(path, text)
+    write_text(path, text)
 
 
-def _write(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text as UTF-8, whole or not at all."""
     with _atomic(Path(path)) as temporary:
         # A name may hold half of a surrogate pair, which no file can.
         temporary.write_bytes(text.encode("utf-8", "replace"))

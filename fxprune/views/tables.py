@@ -53,6 +53,7 @@ _FEW = 16  # layers up to which each of them has its line
 _GAP = 3  # cells between two columns of a table in the terminal
 _NAME = 48  # cells that the name of a group may take there
 _BAR = 16
+_MACS_FROM = 76  # columns of a terminal in which shares of the multiply-adds are told
 _SPANS_FROM = 90  # columns of a terminal in which the modules of a group are told
 _LEVELS, _LEVELS_ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"  # a score from the worst to the best
 
@@ -351,22 +352,34 @@ def _analysis(
     rows: Sequence[AnalysisRow], frozen: Mapping[str, str], width: int, ascii_only: bool
 ) -> Iterator[RenderableType]:
     """One line per group, their sum, and what is frozen."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     count = f"group{'s' * (len(rows) != 1)}"
     yield Text(f"{len(rows)} prunable {count}", "bold")
     if rows:
-        numbers = len("channels"), len("cuttable"), len("an addition")
+        kinds = any(r.kind not in ("channels", "stage") for r in rows)
+        shown: list[tuple[str, Callable[[AnalysisRow], str]]] = [
+            ("channels", lambda r: str(r.channels)),
+            ("cuttable", lambda r: str(r.cuttable)),
+        ]
+        if kinds:
+            shown.append(("kind", lambda r: clean(r.kind)))
+        if width >= _MACS_FROM and any(r.macs is not None for r in rows):
+            shown.append(("% of MACs", lambda r: "" if r.macs is None else f"{100 * r.macs:.1f}"))
+        shown.append(("coupled by\nan addition", lambda r: "yes" if r.residual else ""))
+        numbers = [
+            max(*(cell_len(line) for line in header.split("\n")), *(cell_len(of(r)) for r in rows))
+            for header, of in shown
+        ]
         name, _, spans = _room(width, [r.name for r in rows], numbers)
-        headers = ["group", "channels", "cuttable", "coupled by\nan addition"]
-        headers += ["spans"] * bool(spans)
-        table = _table(*((h, "right" if h in headers[1:3] else "left") for h in headers))
+        headers = ["group", *(header for header, _ in shown)] + ["spans"] * bool(spans)
+        right = ("channels", "cuttable", "% of MACs")
+        table = _table(*((h, "right" if h in right else "left") for h in headers))
         for r in rows:
             cells = [
                 Text(short(r.name, name, _dots(ascii_only))),
-                Text(str(r.channels)),
-                Text(str(r.cuttable)),
-                Text("yes" if r.residual else ""),
+                *(Text(of(r)) for _, of in shown),
             ]
             if spans:
                 cells.append(Text(_fitting(spans_of(r.name, r.members), spans), "dim"))
@@ -374,8 +387,9 @@ def _analysis(
         yield Text()
         yield _fixed(table, [name, *numbers, *[spans] * bool(spans)], ascii_only)
         yield Text()
+        units = "units" if kinds else "channels"
         yield Text(
-            f"In all: {len(rows)} {count}, {sum(r.cuttable for r in rows):,} cuttable channels"
+            f"In all: {len(rows)} {count}, {sum(r.cuttable for r in rows):,} cuttable {units}"
         )
     if frozen:
         yield Text()

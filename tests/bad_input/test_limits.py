@@ -9,9 +9,9 @@ from fxprune import PlanError
 
 
 def test_a_model_of_frozen_channels_lists_the_reasons():
-    model = nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), conv(8, 4))
+    model = nn.Sequential(conv(3, 8), nn.LocalResponseNorm(3), conv(8, 4))
     compile_refused(model, PlanError, "nothing can be pruned", "where: Sequential",
-                    "1: `GroupNorm` computes with several channels at once", "outputs of the model",
+                    "1: `LocalResponseNorm` has no parameter of its own", "outputs of the model",
                     "print(fxprune.analyze(model))")  # fmt: skip
 
 

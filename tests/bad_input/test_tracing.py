@@ -80,7 +80,7 @@ class Decided(nn.Module):
 
 
 def test_the_remedies_that_the_message_names_help(tmp_path):
-    error = compile_refused(nn.Sequential(conv(3, 8), Branches()), TraceError)
+    error = compile_refused(nn.Sequential(conv(3, 3), Branches()), TraceError)
     for remedy in ("torch.fx.wrap", "fxprune.register_rule", "an argument with a default", "model.backbone"):  # fmt: skip
         assert remedy in error.fix
     around = [conv(3, 8), conv(8, 3)], [conv(4, 6), conv(6, 2)]
@@ -112,12 +112,19 @@ def test_a_forward_that_raises_names_the_line():
     compile_refused(Broken(), TraceError, "cannot be traced: mine", "test_tracing.py", 'raise ZeroDivisionError("mine")')  # fmt: skip
 
 
-def test_a_loop_over_a_tensor():
+def test_a_loop_over_a_tensor_holds_for_its_length():
     class Loop(nn.Module):
-        def forward(self, x):
-            return torch.stack([row.relu() for row in x])
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(3, 8), conv(8, 4)
 
-    compile_refused(Loop(), TraceError, "test_tracing.py", "for row in x")
+        def forward(self, x):
+            return self.b(torch.stack([row.relu() for row in self.a(x)]))
+
+    pruned = fxprune.compile(Loop().eval(), X, progress=False)
+    assert pruned(X).shape == (2, 4, 8, 6)
+    with pytest.raises(AssertionError, match="takes another way"):
+        pruned(torch.cat([X, X]))
 
 
 def test_a_module_that_computes_different_things_in_training():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 import fxprune
 from fxprune import zoo
 from fxprune.cli import specs
+from fxprune.report import AnalysisRow
 from fxprune.sensitivity import Sensitivity
+from fxprune.views.tables import analysis_text
 
 
 def test_the_groups_and_their_cost(run, document):
@@ -24,7 +27,58 @@ def test_the_groups_and_their_cost(run, document):
     assert found["macs"] == 40_551_040
     assert found["params"] == 269_722
     assert [g["name"] for g in found["groups"]] == [g.name for g in analysis.groups]
+    assert [g["kind"] for g in found["groups"]] == [g.kind for g in analysis.groups]
+    assert all(0 < g["macs_share"] <= 1 for g in found["groups"])
     assert found["frozen"] == analysis.frozen
+    assert found["files"] == {}
+
+
+def test_kinds_and_shares_in_the_table(monkeypatch):
+    """Only what tells something has a column, and only where there is room."""
+    rows = [
+        AnalysisRow("embed.proj", 192, 192, True, ("embed.proj.weight",), "embedding", 0.857),
+        AnalysisRow("blocks.0.qkv", 576, 3, False, ("blocks.0.qkv.weight",), "heads", 0.035),
+    ]
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = analysis_text(rows, {}).splitlines()
+    assert lines[3].split()[:6] == ["group", "channels", "cuttable", "kind", "%", "of"]
+    assert lines[5].split()[:6] == ["embed.proj", "192", "192", "embedding", "85.7", "yes"]
+    assert lines[6].split()[:5] == ["blocks.0.qkv", "576", "3", "heads", "3.5"]
+    assert lines[-1] == "In all: 2 groups, 195 cuttable units"
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = analysis_text(rows, {})
+    assert "MACs" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 60
+    stages = [
+        replace(row, kind=kind) for row, kind in zip(rows, ("stage", "channels"), strict=True)
+    ]
+    assert "kind" not in analysis_text(stages, {})
+    assert "195 cuttable channels" in analysis_text(stages, {})
+
+
+def test_the_drawing(net, run, document):
+    code, out, err = run("analyze", net, "--out", "drawn")
+    assert (code, err) == (0, "")
+    assert "coupling.svg  the groups; open it in a browser" in out
+    text = Path("drawn/coupling.svg").read_text(encoding="utf-8")
+    assert "Coupled channels of Sequential" in text
+    found, _ = document("analyze", net, "--out", "drawn")  # one that is there is written anew
+    assert found["files"] == {"coupling.svg": str(Path("drawn/coupling.svg"))}
+    assert Path("drawn/coupling.svg").read_text(encoding="utf-8") == text
+    assert [p.name for p in Path("drawn").iterdir()] == ["coupling.svg"]
+    assert [n["name"] for n in found["coupling"]["nodes"]] == ["0", "3", "8"]
+    assert found["coupling"]["nodes"][2]["frozen"] == "outputs of the model keep their channels"
+    assert found["coupling"]["edges"] == [
+        {"from": "0", "to": "3", "layers": ["3"]},
+        {"from": "3", "to": "8", "layers": ["8"]},
+    ]
+
+
+def test_a_folder_that_cannot_be_made(net, run):
+    Path("file").write_text("")
+    code, _, err = run("analyze", net, "--out", "file/drawn")
+    assert code == 1
+    assert err.count("\n") == 1
 
 
 def test_what_is_frozen_is_told(tmp_path, monkeypatch, run):

@@ -1,0 +1,351 @@
+"""The second front end: torch.export, for what symbolic tracing refuses.
+
+Promises: the same kind of graph as symbolic tracing gives, over the user's own layers and tensor
+          names; batch and spatial sizes stay free where the model allows, and a note says which;
+          the model is left as it was.
+Refuses:  what torch.export refuses, autocast inside forward.
+Departs:  train mode is the graph of eval mode. Arguments that differ between the modes follow
+          `self.training`; branches that exist only in training are dropped, and whatever else
+          differs is named in a note.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxprune.admission import admit
+from fxprune.errors import TraceError
+from fxprune.graph import Tensors, op_name
+from fxprune.lifting import Hole, LayerCall, lift
+from fxprune.modes import Flags, Modes, compare_modes
+from fxprune.decompose import attend, decomposes
+from fxprune.hints import Hints, first_line
+from fxprune.symbolic import Capture, FxTracer, _failing_line, at_once, set_mode
+from fxprune.trace import Traced
+
+
+def trace_exported(model: nn.Module, example_inputs: tuple[Any, ...], why: str) -> Traced:
+    """As `trace`, through torch.export; `why` says what symbolic tracing refused.
+
+    Raises TraceError where torch.export refuses too.
+    """
+    admitted = admit(model, example_inputs)
+    with at_once(model):
+        evaluating, free = capture(model, example_inputs)
+        modes = _modes(model, example_inputs, evaluating, free)
+    return Traced(
+        model,
+        evaluating.graph,
+        example_inputs,
+        Tensors.of(model),
+        front_end="export",
+        constants=evaluating.constants,
+        mode_flags=modes.flags,
+        notes=[
+            *admitted.notes,
+            f"captured by torch.export, since symbolic tracing refused: {why}",
+            *modes.notes,
+            *evaluating.notes,
+        ],
+        dropped=modes.dropped,
+        hooked=admitted.hooked,
+    )
+
+
+@dataclass(frozen=True)
+class Free:
+    """Which sizes an export leaves open: a spec per argument of torch.export, and its inputs."""
+
+    inputs: tuple[Any, ...]
+    shapes: Any
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Capture, Free]:
+    """The graph of eval mode, with as many free sizes as the model allows; TraceError if none works.
+
+    Symbolic sizes of 1 do not exist in torch: a batch of one is exported as a batch of two.
+    """
+    refused: Exception | None = None
+    for free in _attempts(example_inputs):
+        try:
+            found, open_axes = _export(model, free, training=False)
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the user's code or torch.export raises
+            refused = refused or error
+            continue
+        if free.inputs is not example_inputs and 0 not in {axis for axis, _ in open_axes}:
+            continue  # made for a batch of two, which is not the example's
+        found.hints = Hints(model, example_inputs, constants=found.constants)
+        found.hints.of(next(iter(reversed(found.graph.nodes))))
+        found.notes.append(_about_sizes(example_inputs, open_axes))
+        found.notes += _defaults_kept(model, len(example_inputs))
+        return found, free
+    assert refused is not None
+    raise TraceError(
+        f"{type(model).__name__} cannot be exported: {first_line(refused)}",
+        where=_failing_line(refused),
+        why="torch.export runs forward on symbolic values, and cannot follow what depends on data",
+        fix="prune a sub-module without that part: fxprune.compile(model.backbone, ...)",
+    ) from refused
+
+
+def _attempts(inputs: tuple[Any, ...]) -> Iterator[Free]:
+    """Batch and spatial axes free; the batch alone; nothing."""
+    doubled = _doubled(inputs)
+    for batch in (doubled, inputs) if doubled is not None else (inputs,):
+        yield Free(batch, pytree.tree_map(lambda v: _open(v, spatial=True), batch))
+        yield Free(batch, pytree.tree_map(lambda v: _open(v, spatial=False), batch))
+    yield Free(inputs, None)
+
+
+def _open(value: Any, *, spatial: bool) -> dict[int, Any] | None:
+    """What torch.export is told of one input; integers (tokens) are free along all axes."""
+    if not isinstance(value, Tensor):
+        return None
+    first = 2 if value.is_floating_point() else 1
+    axes = [0, *range(first, value.dim())] if spatial else [0]
+    return {axis: Dim.AUTO for axis in axes if axis < value.dim()}
+
+
+def _doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The inputs twice along the batch axis, where all have a batch of one; else None."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return None
+    doubled: tuple[Any, ...] = pytree.tree_map(
+        lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, inputs
+    )
+    return doubled
+
+
+def _about_sizes(inputs: tuple[Any, ...], open_axes: list[tuple[int, int]]) -> str:
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    given = [(axis, n) for n, t in enumerate(tensors) for axis in range(t.dim())]
+    fixed = sorted(set(given) - set(open_axes), key=lambda pair: (pair[1], pair[0]))
+    if not open_axes:
+        return "the graph holds for the sizes of the example input only"
+    several = len(tensors) > 1
+    named = ", ".join(f"{axis} of input {n}" if several else str(axis) for axis, n in open_axes)
+    text = f"sizes that may change: axes {named} of the input"
+    if any(axis != 1 for axis, _ in fixed):
+        text += "; the others are those of the example input"
+    return text
+
+
+def _defaults_kept(model: nn.Module, given: int) -> list[str]:
+    extra = [
+        p
+        for p in list(inspect.signature(model.forward).parameters.values())[given:]
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is not p.empty
+    ]
+    if not extra:
+        return []
+    named = ", ".join(f"{p.name}={p.default!r}" for p in extra)
+    return [f"arguments of forward beyond the example inputs keep their defaults: {named}"]
+
+
+# One export
+
+
+def _export(
+    model: nn.Module, free: Free, *, training: bool
+) -> tuple[Capture, list[tuple[int, int]]]:
+    """The graph of one mode, and the free (axis, input) pairs."""
+    set_mode(model, training)
+    with _layers_whole(model) as calls, _quiet(), torch.enable_grad():
+        program = torch.export.export(
+            model, free.inputs, dynamic_shapes=free.shapes, strict=False
+        )
+    lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls)
+    notes = list(dict.fromkeys(lifted.notes))
+    return Capture(lifted.graph, lifted.constants, notes), _axes(program)
+
+
+def _named(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """Name and value of every argument; `*args` are one tuple."""
+    given: list[tuple[str, Any]] = []
+    for p in inspect.signature(model.forward).parameters.values():
+        if p.kind is p.VAR_POSITIONAL:
+            return [*given, (f"*{p.name}", inputs[len(given) :])]
+        if len(given) < len(inputs):
+            given.append((p.name, inputs[len(given)]))
+    return given
+
+
+def _axes(program: ExportedProgram) -> list[tuple[int, int]]:
+    """The axes of the inputs whose sizes stayed symbols."""
+    given = {name: n for n, name in enumerate(program.graph_signature.user_inputs)}
+    found = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in given and isinstance(value, Tensor):
+            symbols = [isinstance(size, torch.SymInt) for size in value.shape]
+            found += [(axis, given[node.name]) for axis, is_free in enumerate(symbols) if is_free]
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No fused encoder layers; and torch.export tells of its retries on warnings and loggers."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+LONGEST = 64  # operations in the formula of a size; longer ones cost torch.export minutes
+
+
+class _TooLong(Exception):
+    """Free sizes whose formulas grow from layer to layer, as those of "same" padding do."""
+
+
+# Layers stay whole: while a model is exported, each calls one operation that stands for it.
+
+_CALLS: dict[str, LayerCall] = {}
+_RUNNING: list[LayerCall] = []
+_LIBRARY: list[torch.library.Library] = []
+
+
+@cache
+def _layer_op() -> OpOverload:
+    """fxprune::layer, which runs the layer that its first argument names."""
+    library = torch.library.Library("fxprune", "FRAGMENT")
+    library.define("layer(str call, Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
+    library.impl("layer", _run_layer, "CompositeExplicitAutograd")
+    _LIBRARY.append(library)
+    op: OpOverload = torch.ops.fxprune.layer.default
+    torch.fx.node.has_side_effect(op)
+    return op
+
+
+def _run_layer(call: str, tensors: Sequence[Tensor], sizes: Sequence[Any]) -> list[Tensor]:
+    """What the layer gives; results that are its inputs are copied, as operations must."""
+    record = _CALLS[call]
+    args, kwargs = pytree.tree_map(
+        lambda v: (sizes if v.is_size else tensors)[v.index] if isinstance(v, Hole) else v,
+        record.given,
+    )
+    _RUNNING.append(record)
+    try:
+        result = type(record.module).forward(record.module, *args, **kwargs)  # type: ignore[attr-defined]
+    finally:
+        _RUNNING.pop()
+    results: list[Tensor] = []
+
+    def hole(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        symbols = [size for size in value.shape if isinstance(size, torch.SymInt)]
+        if any(size.node.expr.count_ops() > LONGEST for size in symbols):
+            raise _TooLong("the formulas of sizes grow too long")
+        own = any(value is t or value._is_view() for t in tensors)
+        results.append(value.clone() if own else value)
+        return Hole(len(results) - 1)
+
+    record.returned = pytree.tree_map(hole, result)
+    return results
+
+
+@contextmanager
+def _layers_whole(model: nn.Module) -> Iterator[dict[str, LayerCall]]:
+    """Every leaf of symbolic tracing calls `fxprune::layer`; the forwards are put back at the end."""
+    layers = dict(_leaves(model))
+    _CALLS.clear()
+    count = itertools.count()
+    op = _layer_op()
+
+    def stand_in(name: str, module: nn.Module) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if _RUNNING:  # a layer of a layer
+                return type(module).forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+            tensors: list[Tensor] = []
+            sizes: list[Any] = []
+
+            def hole(value: Any) -> Any:
+                if isinstance(value, Tensor):
+                    tensors.append(value)
+                    return Hole(len(tensors) - 1)
+                if isinstance(value, torch.SymInt):
+                    sizes.append(value)
+                    return Hole(len(sizes) - 1, is_size=True)
+                return value
+
+            key = str(next(count))
+            _CALLS[key] = LayerCall(name, module, pytree.tree_map(hole, (args, kwargs)))
+            results = op(key, tensors, sizes)
+            return pytree.tree_map(
+                lambda v: results[v.index] if isinstance(v, Hole) else v, _CALLS[key].returned
+            )
+
+        return forward
+
+    attentions = [m for m in model.modules() if decomposes(m)]
+    for name, module in layers.items():
+        module.__dict__["forward"] = stand_in(name, module)
+    for module in attentions:
+        module.__dict__["forward"] = partial(attend, module)
+    try:
+        yield _CALLS
+    finally:
+        for module in (*layers.values(), *attentions):
+            module.__dict__.pop("forward", None)
+
+
+def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that symbolic tracing calls whole, under their first names."""
+    tracer = FxTracer()
+    for name, module in model.named_modules():
+        if name and tracer.is_leaf_module(module, name):
+            yield name, module
+
+
+# Modes
+
+_FOLLOWS = {"dropout": 2, "batch_norm": 5, "instance_norm": 5, "alpha_dropout": 2, "feature_dropout": 2}  # fmt: skip
+
+
+def _modes(
+    model: nn.Module, example_inputs: tuple[Any, ...], evaluating: Capture, free: Free
+) -> Modes:
+    """Arguments that differ in train mode, by a second export; where that fails, by their names."""
+    try:
+        training, _ = _export(model, free, training=True)
+        hints = Hints(model, free.inputs, constants=training.constants)
+        hints.of(next(iter(reversed(training.graph.nodes))))
+        return compare_modes(evaluating, training)
+    except Exception as error:  # training is not what the graph is for: it is said, not refused
+        modes = Modes({}, [])
+        for node in evaluating.graph.nodes:
+            key = _FOLLOWS.get(op_name(node))
+            if node.op == "call_function" and key is not None and node.args[key:] and node.args[key] is False:  # fmt: skip
+                flags: Flags = {key: (False, True)}
+                modes.flags[node] = flags
+        modes.notes.append(
+            "in train mode the network is the graph of eval mode, in which batch norm and dropout "
+            f"follow `training`; the train mode of the original differs: {first_line(error)}"
+        )
+        return modes

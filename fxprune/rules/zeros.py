@@ -1,0 +1,131 @@
+"""Does zero stay zero? Which tensors to zero so that cut entries of an activation are zero.
+
+Cut terms of a sum over two activations (a query times a key) must vanish in the masked network.
+They do if the layers that make one factor are zeroed in their cut rows, and all that lies between
+maps zero to zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from fxprune.flow import Flow, leaves
+from fxprune.graph import arguments, constant, first_argument, op_name
+from fxprune.labels import Slot
+from fxprune.rules.norms import zeroable
+
+KEEPS_ZERO = {
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish",
+    "tanh", "hardtanh", "softsign", "tanhshrink", "hardshrink", "softshrink", "prelu", "abs", "neg",
+    "sin", "sinh", "asinh", "atan", "sqrt", "square", "sign", "round", "floor", "ceil", "dropout",
+    "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type_as", "type",
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "t", "squeeze",
+    "unsqueeze", "expand", "repeat", "tile", "broadcast_to", "getitem", "chunk", "split", "unbind",
+    "select", "narrow", "split_with_sizes", "tensor_split", "roll", "flip", "pixel_shuffle",
+    "pixel_unshuffle", "index_select", "repeat_interleave", "unfold", "mean", "sum", "normalize",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "interpolate", "div", "pad",
+}  # fmt: skip
+KEEP_ZERO = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.Tanh,
+    nn.Hardswish, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Flatten, nn.Unflatten, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
+)  # fmt: skip
+
+
+def zeroed_at(flow: Flow, node: Any) -> list[Slot] | None:
+    """The slots whose cut entries, set to zero, make those of a node zero; None where none do."""
+    if not isinstance(node, Node):
+        return None
+    if node.op == "get_attr":
+        name = flow.ledger.tensors.name(flow.traced.attribute(node))
+        return [s for s in flow.ledger.slots.values() if s.tensor == name]
+    if node.op == "call_module":
+        return _of_module(flow, node)
+    name = op_name(node)
+    if name in ("mul", "multiply"):
+        found = (zeroed_at(flow, n) for n in node.all_input_nodes if _has_channels(flow, n))
+        return next((slots for slots in found if slots is not None), None)
+    if name in ("add", "sub", "cat", "stack"):
+        return _all_of(flow, node)
+    if name == "linear" or name.startswith("conv"):
+        args = arguments(node, "input", "weight", "bias")
+        return _made_by(flow, args["weight"], args["bias"])
+    if name in ("layer_norm", "group_norm", "rms_norm", "batch_norm"):
+        return _normalised(flow, node)
+    if name == "pad" and constant(arguments(node, "input", "pad", "mode", "value")["value"]):
+        return None
+    return zeroed_at(flow, first_argument(node)) if name in KEEPS_ZERO else None
+
+
+def _has_channels(flow: Flow, node: Node) -> bool:
+    return any(not label.uncut or label.parts for label in leaves(flow.labels.get(node)))
+
+
+def _all_of(flow: Flow, node: Node) -> list[Slot] | None:
+    """A sum or concatenation is zero where all of its tensors are; numbers added are not."""
+    given = pytree.tree_leaves(node.args[:2])
+    sums = op_name(node) in ("add", "sub")
+    if sums and any(not isinstance(v, Node) for v in given):
+        return None
+    slots: list[Slot] = []
+    for n in given:
+        if isinstance(n, Node) and (sums or _has_channels(flow, n)):
+            own = zeroed_at(flow, n)
+            if own is None:
+                return None
+            slots += own
+    return slots
+
+
+def _of_module(flow: Flow, node: Node) -> list[Slot] | None:
+    module = flow.traced.module(node)
+    slots = flow.ledger.slots
+    name = flow.ledger.tensors.name
+    weight, bias = (name(module._parameters.get(own)) for own in ("weight", "bias"))
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        dim = 1 if getattr(module, "transposed", False) else 0
+        return _slots_at(slots, [(weight, dim), (bias, 0)])
+    if zeroable(module):
+        return _slots_at(slots, [(weight, 0), (bias, 0)])
+    return zeroed_at(flow, first_argument(node)) if isinstance(module, KEEP_ZERO) else None
+
+
+def _slots_at(
+    slots: dict[tuple[str, int], Slot], keys: list[tuple[str | None, int]]
+) -> list[Slot] | None:
+    """The weight's slot, which must be there, and the bias' if it has one."""
+    (weight, dim), bias = keys[0], keys[1][0]
+    if weight is None or (weight, dim) not in slots:
+        return None
+    if bias is not None and (bias, 0) not in slots:
+        return None
+    return [slots[weight, dim], *([slots[bias, 0]] if bias else [])]
+
+
+def _made_by(flow: Flow, weight: Any, bias: Any) -> list[Slot] | None:
+    """A functional layer whose weight (and bias) are parameters."""
+    names: list[str | None] = []
+    for n in (weight, bias):
+        if n is not None and not (isinstance(n, Node) and n.op == "get_attr"):
+            return None
+        names.append(None if n is None else flow.ledger.tensors.name(flow.traced.attribute(n)))
+    return _slots_at(flow.ledger.slots, [(names[0], 0), (names[1], 0)])
+
+
+def _normalised(flow: Flow, node: Node) -> list[Slot] | None:
+    """A functional norm with a weight and bias of its own."""
+    order = {
+        "layer_norm": ("input", "normalized_shape", "weight", "bias"),
+        "rms_norm": ("input", "normalized_shape", "weight"),
+        "group_norm": ("input", "num_groups", "weight", "bias"),
+        "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
+    }[op_name(node)]
+    args = arguments(node, *order)
+    return None if args["weight"] is None else _made_by(flow, args["weight"], args["bias"])
