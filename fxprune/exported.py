@@ -25,15 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxprune.admission import admit
+from fxprune.decompose import attend, decomposes
 from fxprune.errors import TraceError
-from fxprune.graph import Tensors, op_name
+from fxprune.graph import HOOKS, Tensors, op_name
+from fxprune.hints import Hints, first_line
 from fxprune.lifting import Hole, LayerCall, lift
 from fxprune.modes import Flags, Modes, compare_modes
-from fxprune.decompose import attend, decomposes
-from fxprune.hints import Hints, first_line
 from fxprune.symbolic import Capture, FxTracer, _failing_line, at_once, set_mode
 from fxprune.trace import Traced
 
@@ -85,6 +86,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Capture,
             found, open_axes = _export(model, free, training=False)
         except TraceError:
             raise
+        except _TooMuch:
+            continue
         except Exception as error:  # whatever the user's code or torch.export raises
             refused = refused or error
             continue
@@ -167,10 +170,8 @@ def _export(
 ) -> tuple[Capture, list[tuple[int, int]]]:
     """The graph of one mode, and the free (axis, input) pairs."""
     set_mode(model, training)
-    with _layers_whole(model) as calls, _quiet(), torch.enable_grad():
-        program = torch.export.export(
-            model, free.inputs, dynamic_shapes=free.shapes, strict=False
-        )
+    with _layers_whole(model) as calls, _effort_bounded(), _quiet(), torch.enable_grad():
+        program = torch.export.export(model, free.inputs, dynamic_shapes=free.shapes, strict=False)
     lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls)
     notes = list(dict.fromkeys(lifted.notes))
     return Capture(lifted.graph, lifted.constants, notes), _axes(program)
@@ -194,9 +195,14 @@ def _axes(program: ExportedProgram) -> list[tuple[int, int]]:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in given and isinstance(value, Tensor):
-            symbols = [isinstance(size, torch.SymInt) for size in value.shape]
+            symbols = [_is_symbol(size) for size in value.shape]
             found += [(axis, given[node.name]) for axis, is_free in enumerate(symbols) if is_free]
     return found
+
+
+def _is_symbol(size: int | torch.SymInt) -> bool:
+    """Whether a size can change; one that forward has fixed is a number in disguise."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 @contextmanager
@@ -216,11 +222,34 @@ def _quiet() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-LONGEST = 64  # operations in the formula of a size; longer ones cost torch.export minutes
+EFFORT = 20_000  # operations in the formulas of sizes that torch.export may simplify: seconds
 
 
-class _TooLong(Exception):
-    """Free sizes whose formulas grow from layer to layer, as those of "same" padding do."""
+class _TooMuch(BaseException):
+    """Free sizes whose formulas grow too long; no Exception, since torch catches those."""
+
+
+@contextmanager
+def _effort_bounded() -> Iterator[None]:
+    """Sizes of padded windows and the like have formulas that take minutes to reason about.
+
+    The work is counted, not timed, so that the same model gives the same graph.
+    """
+    simplify = ShapeEnv.simplify
+    done = 0
+
+    def counted(self: ShapeEnv, expr: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += int(expr.count_ops())
+        if done > EFFORT:
+            raise _TooMuch
+        return simplify(self, expr, *args, **kwargs)
+
+    ShapeEnv.simplify = counted  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv.simplify = simplify  # type: ignore[assignment,method-assign]
 
 
 # Layers stay whole: while a model is exported, each calls one operation that stands for it.
@@ -259,9 +288,6 @@ def _run_layer(call: str, tensors: Sequence[Tensor], sizes: Sequence[Any]) -> li
     def hole(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        symbols = [size for size in value.shape if isinstance(size, torch.SymInt)]
-        if any(size.node.expr.count_ops() > LONGEST for size in symbols):
-            raise _TooLong("the formulas of sizes grow too long")
         own = any(value is t or value._is_view() for t in tensors)
         results.append(value.clone() if own else value)
         return Hole(len(results) - 1)
@@ -303,9 +329,14 @@ def _layers_whole(model: nn.Module) -> Iterator[dict[str, LayerCall]]:
 
         return forward
 
-    attentions = [m for m in model.modules() if decomposes(m)]
+    attentions = [
+        m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and decomposes(m)
+    ]
+    hooked = [(m, key, vars(m)[key]) for m in layers.values() for key in HOOKS if vars(m)[key]]
     for name, module in layers.items():
         module.__dict__["forward"] = stand_in(name, module)
+    for module, key, hooks in hooked:  # they run where the layer is called
+        module.__dict__[key] = type(hooks)()
     for module in attentions:
         module.__dict__["forward"] = partial(attend, module)
     try:
@@ -313,6 +344,8 @@ def _layers_whole(model: nn.Module) -> Iterator[dict[str, LayerCall]]:
     finally:
         for module in (*layers.values(), *attentions):
             module.__dict__.pop("forward", None)
+        for module, key, hooks in hooked:
+            module.__dict__[key] = hooks
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -337,7 +370,10 @@ def _modes(
         hints = Hints(model, free.inputs, constants=training.constants)
         hints.of(next(iter(reversed(training.graph.nodes))))
         return compare_modes(evaluating, training)
-    except Exception as error:  # training is not what the graph is for: it is said, not refused
+    except (
+        Exception,
+        _TooMuch,
+    ) as error:  # training is not what the graph is for: it is said, not refused
         modes = Modes({}, [])
         for node in evaluating.graph.nodes:
             key = _FOLLOWS.get(op_name(node))

@@ -33,6 +33,8 @@ class Flow:
     ledger: Ledger
     labels: dict[Node, Value] = field(default_factory=dict)
 
+    computed: set[Node] = field(default_factory=set)  # from the input; others are constants
+
     def of(self, arg: Any) -> Label | None:
         """The label of an argument, or None where it is no tensor."""
         value = self.labels.get(arg) if isinstance(arg, Node) else None
@@ -177,6 +179,8 @@ def flow_through(
     ledger = Ledger(traced.tensors, whole_groups=dict(whole_groups), by_head_dims=by_head_dims)
     flow = Flow(traced, ledger)
     for node in traced.graph.nodes:
+        if node.op == "placeholder" or not flow.computed.isdisjoint(node.all_input_nodes):
+            flow.computed.add(node)
         flow.labels[node] = _visit(flow, node)
         _pin_what_is_lost(flow, node)
         for label in leaves(flow.labels[node]):

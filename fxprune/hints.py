@@ -81,7 +81,7 @@ class Hints:
             elif not self._known(node):
                 try:
                     values = {n: n.meta["val"] for n in node.all_input_nodes}
-                    node.meta["val"] = self._run(node, values, to_meta)
+                    node.meta["val"] = on_meta(self._run(node, values, to_meta))
                 except Exception:
                     self._start_real(node)
 
@@ -136,7 +136,7 @@ class Hints:
         if node in self._from_data and not any(isinstance(v, Tensor) for v in leaves):
             node.meta["val"] = UNKNOWN
         else:
-            node.meta["val"] = pytree.tree_map(to_meta, value)
+            node.meta["val"] = on_meta(value)
 
     def _run(self, node: Node, values: dict[Node, Any], like: Callable[[Any], Any]) -> Any:
         real = like is copied
@@ -207,6 +207,15 @@ def to_meta(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.is_quantized:
         return value
     return torch.empty_like(value, device="meta")
+
+
+def on_meta(value: Any) -> Any:
+    """As `to_meta`, for whatever a node gives; sizes stay `torch.Size`."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else to_meta(value)
+    if isinstance(value, int | float | torch.Size):
+        return value
+    return pytree.tree_map(to_meta, value, is_leaf=lambda v: isinstance(v, torch.Size))
 
 
 def copied(value: Any) -> Any:

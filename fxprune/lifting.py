@@ -221,29 +221,36 @@ class _Lifter:
 
     def _context(self, target: HigherOrderOperator, args: list[Any]) -> Any:
         """The graph inside `torch.no_grad` is part of the outer one; others are refused."""
-        if target.name() == "wrap_with_set_grad_enabled":
-            enabled, inner, *rest = args
-            if not enabled:
-                stacks = [n.meta.get("stack_trace") or "" for n in inner.graph.nodes]
-                line = next(filter(None, map(users_line, stacks)), "unknown line")
-                self.out.notes.append(
-                    f"`torch.no_grad` inside forward ({line}) is not part of a graph: "
-                    "wrap the pruned network in it"
-                )
-            held = [n for n in inner.graph.nodes if n.op == "placeholder"]
-            return self._body(inner, dict(zip(held, rest, strict=True)))
-        autocast = "autocast" in target.name()
+        name = target.name()
+        autocast = name == "wrap_with_autocast"
+        if autocast and not args[2]:
+            self._context_note("torch.autocast(enabled=False)", args[4])
+            return self._inside(args[4], args[5:])
+        if name == "wrap_with_set_grad_enabled":
+            if not args[0]:
+                self._context_note("torch.no_grad", args[1])
+            return self._inside(args[1], args[2:])
         raise TraceError(
             "forward runs a part of itself under torch.autocast"
             if autocast
-            else f"forward uses `{target.name()}`",
-            where=self.where or "unknown line",
+            else f"forward uses `{name}`",
+            where=(_first_line(args[4]) if autocast else "") or self.where or "unknown line",
             why="a graph does not hold contexts, so that part would run in another precision"
             if autocast
             else "what runs is decided by values, and a graph has one course only",
             fix="enter autocast around the whole model, or prune the sub-module inside it"
             if autocast
             else "prune a sub-module without it: fxprune.compile(model.backbone, ...)",
+        )
+
+    def _inside(self, inner: GraphModule, given: Sequence[Any]) -> Any:
+        held = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        return self._body(inner, dict(zip(held, given, strict=True)))
+
+    def _context_note(self, context: str, inner: GraphModule) -> None:
+        self.out.notes.append(
+            f"`{context}` inside forward ({_first_line(inner) or 'unknown line'}) is not part of a "
+            "graph: wrap the pruned network in it"
         )
 
     def _aten(
@@ -268,12 +275,14 @@ class _Lifter:
             return self._new(*written)
         if name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name):
             return self._new("call_method", name, args, kwargs)
+        if name in _ATTRIBUTES:
+            return self._new("call_function", getattr, (args[0], _ATTRIBUTES[name]))
         if name in _METHODS:
             return self._new("call_method", _METHODS[name], _spread(name, args), kwargs)
         function = _function(name)
         if function is not None:
             return self._new("call_function", function, args, kwargs)
-        if hasattr(Tensor, name):
+        if callable(getattr(Tensor, name, None)):
             return self._new("call_method", name, args, kwargs)
         return self._new("call_function", target, args, kwargs)
 
@@ -312,8 +321,11 @@ class _Lifter:
             return kind(self._written(v) for v in value)
         if kind is dict:
             return {k: self._written(v) for k, v in value.items()}
-        if hasattr(kind, "_fields") and isinstance(value, tuple):
-            return self._new("call_function", kind, [self._written(v) for v in value])
+        if isinstance(value, tuple):
+            parts = [self._written(v) for v in value]
+            if hasattr(kind, "_fields"):
+                return self._new("call_function", kind, parts)
+            return _whole(parts) or tuple(parts)  # what torch.max and the like return
         if dataclasses.is_dataclass(value):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             given = {k: self._written(v) for k, v in fields.items() if v is not None}
@@ -324,12 +336,25 @@ class _Lifter:
         return value
 
 
+def _whole(parts: Sequence[Any]) -> Node | None:
+    """The node of which these are all the entries."""
+    first = parts[0].args[0] if isinstance(parts[0], Node) and parts[0].args else None
+    taken = [isinstance(p, Node) and p.target is operator.getitem and p.args == (first, i) for i, p in enumerate(parts)]  # fmt: skip
+    return first if all(taken) and isinstance(first, Node) else None
+
+
 def users_line(stack: str) -> str:
     """file:line of the innermost frame of a stack trace that is neither torch's nor ours."""
     for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', stack)):
         if not file.startswith((TORCH_HOME, FXPRUNE_HOME, "<", "torch/")):
             return f"{file}:{line}"
     return ""
+
+
+def _first_line(inner: GraphModule) -> str:
+    """The user's first line in a graph."""
+    stacks = [n.meta.get("stack_trace") or "" for n in inner.graph.nodes]
+    return next(filter(None, map(users_line, stacks)), "")
 
 
 def _rank(node: Node) -> int | None:
@@ -364,7 +389,7 @@ def _drop_unread(graph: Graph) -> None:
 Written = tuple[str, Any, Sequence[Any], dict[str, Any]] | None
 Writer = Callable[[OpOverload, int | None, list[Any], dict[str, Any]], Written]
 
-_SAME = {"alias", "lift_fresh", "lift_fresh_copy", "lift", "view_copy_alias"}
+_SAME = {"alias", "lift_fresh", "lift_fresh_copy", "lift"}
 
 # aten's name -> the method; all take their arguments in the order of aten
 _METHODS = {
@@ -378,6 +403,9 @@ _METHODS = {
     ]
 }  # fmt: skip
 _METHODS |= {"sym_size": "size", "sym_numel": "numel", "size": "size", "__and__": "__and__"}
+
+
+_ATTRIBUTES = {"mT": "mT", "mH": "mH", "numpy_T": "T", "matrix_H": "H"}
 
 
 def _spread(name: str, args: list[Any]) -> list[Any]:
@@ -406,6 +434,11 @@ def _function(name: str) -> Any:
     return getattr(torch, name, None) or getattr(torch._C._nn, name, None)
 
 
+def _filled(args: list[Any], *defaults: Any) -> list[Any]:
+    """The arguments, with defaults for those that aten left out."""
+    return [*args, *defaults[len(args) :]]
+
+
 def _index(rank: int, axis: int, item: Any) -> tuple[Any, ...]:
     return (*(slice(None),) * (axis % rank), item)
 
@@ -413,7 +446,7 @@ def _index(rank: int, axis: int, item: Any) -> tuple[Any, ...]:
 def _slice(op: OpOverload, rank: int | None, args: list[Any], kwargs: dict[str, Any]) -> Written:
     """x[:, a:b:c]."""
     assert rank is not None
-    x, axis, start, stop, step = [*args, *[0, None, None, 1][len(args) - 1 :]]
+    x, axis, start, stop, step = _filled(args, None, 0, None, None, 1)
     start = None if isinstance(start, int) and start == 0 else start
     stop = None if isinstance(stop, int) and stop == END else stop
     step = None if isinstance(step, int) and step == 1 else step
@@ -462,8 +495,8 @@ def _without_last(function: Any, count: int) -> Writer:
 
 
 def _embedding(op: OpOverload, rank: int | None, a: list[Any], kwargs: dict[str, Any]) -> Written:
-    weight, indices, *rest = [*a, *[-1, False, False][len(a) - 2 :]]
-    options = {"padding_idx": rest[0]} if rest[0] != -1 else {}
+    weight, indices, padding, *_ = _filled(a, None, None, -1)
+    options = {"padding_idx": padding} if padding != -1 else {}
     return "call_function", F.embedding, (indices, weight), options
 
 
@@ -475,7 +508,9 @@ def _interpolate(op: OpOverload, rank: int | None, a: list[Any], kwargs: dict[st
     kind, antialias = name.removeprefix("upsample_").removesuffix("_aa"), name.endswith("_aa")
     modes = {"bilinear2d": "bilinear", "bicubic2d": "bicubic", "linear1d": "linear",
              "trilinear3d": "trilinear"}  # fmt: skip
-    named = dict(zip([argument.name for argument in op._schema.arguments], a, strict=False)) | kwargs
+    named = (
+        dict(zip([argument.name for argument in op._schema.arguments], a, strict=False)) | kwargs
+    )
     options: dict[str, Any] = {}
     if named.get("output_size") is not None:
         options["size"] = named["output_size"]

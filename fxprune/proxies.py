@@ -116,8 +116,12 @@ class Hinted(Proxy):
         args: tuple[Any, ...] | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Hinted)]
-        given[0].tracer.was_only_parsed(_site(sys._getframe(1)))
+        given = (v for v in args or () if issubclass(type(v), Hinted))
+        first = next(given, None)
+        if first is None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            first = next(v for v in leaves if issubclass(type(v), Hinted))
+        first.tracer.was_only_parsed(_site(sys._getframe(1)))
         return Proxy.__torch_function__.__func__(Hinted, orig_method, types, args, kwargs)  # type: ignore[attr-defined]
 
 

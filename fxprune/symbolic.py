@@ -326,6 +326,9 @@ def capture(
     return Capture(graph, constants, notes, tracer.hints)
 
 
+_PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout)
+
+
 def _drop_dead(graph: Graph) -> None:
     """Numbers that only Python looked at are no part of the graph, nor what is not called for."""
     for node in reversed(graph.nodes):
@@ -334,7 +337,7 @@ def _drop_dead(graph: Graph) -> None:
         if node.users or node.op not in ("call_function", "call_method", "get_attr"):
             continue
         leaves = pytree.tree_leaves(node.meta.get("val"))
-        number = bool(leaves) and not any(isinstance(v, Tensor | None) for v in leaves)
+        number = bool(leaves) and all(isinstance(v, _PLAIN) for v in leaves)
         if number or node.op == "get_attr" or "spare" in node.meta:
             graph.erase_node(node)
 
@@ -415,8 +418,11 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def unmarked(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, every attribute, parameter, buffer and mode is put back."""
+def unmarked(model: nn.Module, *, noise: bool = True) -> Iterator[None]:
+    """Whatever runs inside, every attribute, parameter, buffer and mode is put back.
+
+    noise: whether random numbers start again, too.
+    """
     before = [
         (
             m.__dict__,
@@ -425,11 +431,12 @@ def unmarked(model: nn.Module) -> Iterator[None]:
         )
         for m in model.modules()
     ]
-    noise = torch.get_rng_state()
+    state = torch.get_rng_state()
     try:
         yield
     finally:
-        torch.set_rng_state(noise)
+        if noise:
+            torch.set_rng_state(state)
         for attributes, saved, stores in before:
             for store, kept in [(attributes, saved), *stores]:
                 if store.keys() != kept.keys() or any(store[k] is not v for k, v in kept.items()):

@@ -69,7 +69,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
     """Trace `model` in both modes and put shapes on every node; TraceError says what is in the way."""
     admitted = admit(model, example_inputs)
     with at_once(model):
-        with unmarked(model):  # forward may keep what it computed
+        with unmarked(model, noise=False):  # forward may keep what it computed
             evaluating = capture(model, example_inputs, training=False)
         training = capture(model, example_inputs, training=True, earlier=evaluating.hints)
     modes = compare_modes(evaluating, training)

@@ -11,35 +11,71 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from blocks import (
     ACTIVATIONS,
+    AtSize,
+    Attention,
     Chain,
+    ChannelNorm,
+    ClassToken,
+    Context,
     ConvBnAct,
+    CrossAttention,
+    Csp,
+    Deformable,
     Dense,
+    DerivedConv,
+    Einsum,
+    ExpandedGate,
+    FlatHeads,
     FunctionalConv,
     FunctionalDropout,
+    FunctionalGroupNorm,
     FunctionalLinear,
     FunctionalNorm,
+    FunctionalPRelu,
+    FunctionalSequence,
     Gather,
+    GroupedQueries,
+    GroupEinsum,
+    HandNorm,
+    Involution,
     Layer,
+    LearnedQueries,
     LinearGate,
     LinearHead,
     Merge,
     Method,
     Mix,
+    Mlp,
+    OneHead,
     Op,
     Opaque,
     Outputs,
     PadShortcut,
     PerChannel,
     Pieces,
+    Product,
+    ReducedKeys,
     ResizedSkip,
     RootWidth,
+    Sequences,
     SharedNorm,
     Shuffle,
     Siamese,
     Slice,
     Sorted,
+    SpatialGate,
+    StandardisedConv,
+    Sublayer,
     Tied,
+    TokenHead,
+    Tokens,
+    TorchAttention,
+    Transposed,
     Twice,
+    TwoPools,
+    Unfold,
+    Volumes,
+    Windows,
     ZeroShortcut,
 )
 from torch import nn
@@ -538,12 +574,13 @@ def dropout(d: Draw, at: At, name: str) -> Built:
     return FunctionalDropout() if name == "dropout" else Layer("Dropout2d", 0.2), at
 
 
-@feature("functional_norm", "instance_norm")
+@feature("functional_norm", "instance_norm", "instance_norm_plain")
 def norm(d: Draw, at: At, name: str) -> Built:
     if name == "functional_norm":
         return FunctionalNorm(at.width), at
     relu = Layer("ReLU")  # the mean of a normalised map is constant, and heads take means
-    return chain([Layer("InstanceNorm2d", at.width, affine=True), relu]), at
+    options = {"affine": True} if name == "instance_norm" else {}
+    return chain([Layer("InstanceNorm2d", at.width, **options), relu]), at
 
 
 # Spatial sizes
@@ -597,14 +634,387 @@ def pixel_shuffle(d: Draw, at: At, name: str) -> Built:
     return chain([*prefix, block]), at._replace(width=width // 4, size=2 * at.size)
 
 
-# Channels that depend on each other: most of these have to stay complete
+# Tokens
 
 
-@feature("group_norm")
+def heads(d: Draw) -> tuple[int, int]:
+    """A number of heads, and dimensions of each."""
+    return d.choice((2, 3, 1, 4)), d.choice((2, 1, 3))
+
+
+def sublayer(d: Draw, width: int, body: nn.Module) -> nn.Module:
+    """The body as blocks of transformers hold it."""
+    options = {"post": True} if d.integer(0, 3) == 3 else {}
+    options |= {"scale": True} if d.flag() else {}
+    return Sublayer(
+        width, body, d.choice(("layer", "rms", "layer without bias", "none")), **options
+    )
+
+
+def stacked(d: Draw, width: int, body: nn.Module) -> nn.Module:
+    """The body in a residual, behind positions of its own, before an MLP; or bare."""
+    kind = d.integer(0, 3)
+    if kind == 0:
+        return body
+    blocks = [sublayer(d, width, body)]
+    if kind == 2:
+        blocks.append(sublayer(d, width, Mlp(width, d.width(), d.choice(MLPS))))
+    return chain(blocks)
+
+
+def tokens(d: Draw, body: nn.Module) -> nn.Module:
+    return Tokens(body, d.choice(("unflatten", "reshape", "view")))
+
+
+def at_size(d: Draw, at: At, size: int, body: nn.Module) -> tuple[nn.Module, At]:
+    """A body that needs maps of one size; maps that must keep theirs are given it back."""
+    back = at.fixed or d.flag()
+    return AtSize(size, body, **{"back": True} if back else {}), at if back else at._replace(
+        size=size
+    )
+
+
+MLPS = ("gelu", "swiglu", "geglu", "glu")
+
+
+@feature(
+    *("attention_matmul", "attention_einsum", "attention_sdpa", "attention_causal"),
+    *("attention_cosine", "attention_channels", "attention_linear"),
+)
+def attention(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    form = d.choice(("reshape", "unbind", "chunk", "split", "three"))
+    body = Attention(width, *heads(d), name.removeprefix("attention_"), form, **d.bias())
+    return chain([*prefix, tokens(d, stacked(d, width, body))]), at._replace(width=width)
+
+
+@feature(
+    *("one_head", "flat_heads", "grouped_queries", "class_token", "learned_queries"),
+    *("torch_attention", "torch_cross_attention", "torch_encoder"),
+)
+def other_attention(d: Draw, at: At, name: str) -> Built:
+    torchs, (count, dim) = name.startswith("torch"), heads(d)
+    prefix, width = d.fit(at, count if torchs else 1, max(2, count))
+    match name:
+        case "one_head":
+            body: nn.Module = OneHead(width, d.width(), **{"bmm": True} if d.flag() else {})
+        case "flat_heads":
+            body = FlatHeads(width, count, dim)
+        case "grouped_queries":
+            shared = d.choice((2, 1))
+            body = GroupedQueries(width, 2 * shared, shared, dim, d.choice(("gqa", "repeat")))
+        case "class_token":
+            inner = stacked(d, width, Attention(width, count, dim, d.choice(("matmul", "sdpa"))))
+            body = ClassToken(width, inner, d.choice(("add", "gate")))
+        case "learned_queries":
+            gather, read = (CrossAttention(width, width, *heads(d)) for _ in range(2))
+            body = LearnedQueries(width, gather, read, d.integer(2, 4))
+        case "torch_encoder":
+            options = {"batch_first": True} | ({"norm_first": True} if d.flag() else {})
+            body = Layer("TransformerEncoderLayer", width, count, d.width(), **options)
+        case _:
+            options = {"cross": True} if name == "torch_cross_attention" else {}
+            body = TorchAttention(width, count, **options | ({"first": False} if d.flag() else {}))
+    body = body if name == "torch_encoder" else stacked(d, width, body)
+    return chain([*prefix, tokens(d, body)]), at._replace(width=width)
+
+
+@feature("reduced_keys")
+def reduced_keys(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    other, how = d.width(low=2), d.choice(("matmul", "einsum", "sdpa", "cosine"))
+    block = ReducedKeys(width, other, CrossAttention(width, other, *heads(d), how))
+    return chain([*prefix, block]), at._replace(width=width)
+
+
+@feature("windows", "windows_shifted")
+def windows(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    side = d.choice((3, 2))
+    options = {"table": side} if d.flag() else {}
+    body = Attention(width, *heads(d), d.choice(("matmul", "sdpa", "einsum")), **options)
+    shift = {"shift": 1} if name == "windows_shifted" else {}
+    block = Windows(stacked(d, width, body), side, **shift)
+    return chain([*prefix, block]), at._replace(width=width)
+
+
+@feature("relative_bias", "position_embedding", "token_mixing", "layer_norm_maps")
+def of_one_size(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    side = d.choice((3, 4))
+    inner = Attention(width, *heads(d), d.choice(("matmul", "sdpa", "einsum")), "unbind")
+    match name:
+        case "relative_bias":
+            how = d.choice(("matmul", "sdpa", "einsum"))
+            body = tokens(d, stacked(d, width, Attention(width, *heads(d), how, table=side)))
+        case "position_embedding":
+            if d.flag():
+                body = chain([PerChannel((1, width, side, side), "add"), d.conv(width, width)])
+            else:
+                positions = PerChannel((1, side * side, width), "add")
+                body = tokens(d, chain([positions, stacked(d, width, inner)]))
+        case "token_mixing":
+            mixing = Transposed(Mlp(side * side, d.width(), d.choice(("gelu", "swiglu"))))
+            body = tokens(d, stacked(d, width, mixing))
+        case _:
+            body = chain([Layer("LayerNorm", [width, side, side]), Layer("ReLU")])
+    block, after = at_size(d, at, side, body)
+    return chain([*prefix, block]), after._replace(width=width)
+
+
+@feature("siamese_attention")
+def siamese_attention(d: Draw, at: At, name: str) -> Built:
+    width, how = d.width(low=2, high=6), d.choice(("cat", "add", "mul"))
+    first, second = (d.body(at, width)[0] for _ in range(2))
+    body = stacked(d, width, Attention(width, *heads(d), d.choice(("matmul", "sdpa"))))
+    out = 2 * width if how == "cat" else width
+    return Siamese(first, second, tokens(d, body), how), at._replace(width=out)
+
+
+@feature("mlp")
+def mlp(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    body = Mlp(width, d.width(), d.choice(MLPS))
+    return chain([*prefix, tokens(d, stacked(d, width, body))]), at._replace(width=width)
+
+
+# Products and computed weights
+
+
+@feature("nonlocal", "similarity", "gram", "inner_product", "gate_einsum")
+def product(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    how = {"nonlocal": "attention", "inner_product": "inner", "gate_einsum": "gate"}.get(name, name)
+    inner = d.width(low=2)
+    block = Product(width, inner, how)
+    return chain([*prefix, block]), at._replace(width=inner if how == "gate" else width)
+
+
+@feature("einsum_forms", "einsum_groups", "einsum_scale")
+def einsums(d: Draw, at: At, name: str) -> Built:
+    if name == "einsum_scale":
+        prefix, width = d.fit(at, low=2)
+        block = Einsum("bchw,c->bchw", (width,))
+        return chain([*prefix, block]), at._replace(width=width)
+    if name == "einsum_groups":
+        groups = d.choice((2, 3))
+        prefix, width = d.fit(at, groups, 2 * groups)
+        out = d.integer(1, 4)
+        block = GroupEinsum(groups, width // groups, out)
+        return chain([*prefix, block]), at._replace(width=groups * out)
+    width = d.width(low=2)
+    equation, flipped, last = d.choice(
+        (
+            ("bchw,dc->bdhw", True, False),
+            ("bhwc,cd->bhwd", False, True),
+            ("...c,dc->...d", True, True),
+            ("b c h w, c d -> b d h w", False, False),
+        )
+    )
+    shape = (width, at.width) if flipped else (at.width, width)
+    return Einsum(equation, shape, **{"last": True} if last else {}), at._replace(width=width)
+
+
+@feature("derived_weight", "derived_transpose", "standardised_conv")
+def derived_weight(d: Draw, at: At, name: str) -> Built:
+    prefix, c_in = d.fit(at, low=2)
+    width = d.width(low=2)
+    if name == "standardised_conv":
+        return chain([*prefix, StandardisedConv(c_in, width)]), at._replace(width=width)
+    how = d.choice(
+        ("gain", "branches", "flipped", "centre", "linear")
+        if name == "derived_weight"
+        else ("matmul", "transposed", "functional transpose")
+    )
+    return chain([*prefix, DerivedConv(c_in, width, how)]), at._replace(width=width)
+
+
+@feature("unfold", "involution", "deformable")
+def patches(d: Draw, at: At, name: str) -> Built:
+    if name == "involution":
+        groups = d.choice((1, 2, 3))
+        prefix, width = d.fit(at, groups, max(2, groups))
+        return chain([*prefix, Involution(width, groups)]), at._replace(width=width)
+    width = d.width(low=2)
+    if name == "unfold":
+        return Unfold(at.width, width, d.choice(("conv", "linear"))), at._replace(width=width)
+    block = Deformable(at.width, width, **{"mask": True} if d.flag() else {})
+    return block, at._replace(width=width)
+
+
+# Sequences and volumes
+
+
+@feature("conv1d", "conv1d_rows", "conv1d_transposed", "conv1d_functional", "norm1d")
+def sequences(d: Draw, at: At, name: str) -> Built:
+    prefix, c_in = d.fit(at, low=2)
+    width = d.width(low=2)
+    match name:
+        case "conv1d_transposed":
+            body: nn.Module = Layer("ConvTranspose1d", c_in, width, 3, padding=1, **d.bias())
+        case "conv1d_functional":
+            options = {"transposed": True} if d.flag() else {}
+            body = FunctionalSequence(c_in, width, **options)
+        case "norm1d":
+            norms = (("BatchNorm1d", width), ("InstanceNorm1d", width), ("GroupNorm", 1, width))
+            first = Layer("Conv1d", c_in, width, 1, **d.bias())
+            body = chain([first, Layer(*d.choice(norms)), Layer("ReLU")])
+        case _:
+            body = Layer("Conv1d", c_in, width, 3, padding=1, **d.bias())
+    if d.flag():
+        body = chain([body, Layer("PReLU", width), Layer("Conv1d", width, width, 1)])
+    rows = {"rows": True} if name == "conv1d_rows" else {}
+    return chain([*prefix, Sequences(body, **rows)]), at._replace(width=width)
+
+
+@feature("conv3d", "conv3d_transposed", "conv3d_blocks")
+def volumes(d: Draw, at: At, name: str) -> Built:
+    depth = d.choice((2, 3)) if name == "conv3d_blocks" else 1
+    prefix, c_in = d.fit(at, depth, 2 * depth)
+    width = d.width(low=2, high=6)
+    kind = "ConvTranspose3d" if name == "conv3d_transposed" else "Conv3d"
+    body: nn.Module = Layer(kind, c_in // depth, width, 3, padding=1, **d.bias())
+    if d.flag():
+        norm = d.choice(("BatchNorm3d", "InstanceNorm3d"))
+        body = chain([body, Layer(norm, width), Layer("ReLU")])
+    options = {"depth": depth} if depth > 1 else {}
+    return chain([*prefix, Volumes(body, **options)]), at._replace(width=width * depth)
+
+
+# Gated units, and ways to spread one gate
+
+
+@feature("glu", "glu_swish", "simple_gate")
+def gated_unit(d: Draw, at: At, name: str) -> Built:
+    width = d.width()
+    wide = d.conv(at.width, 2 * width)
+    match name:
+        case "glu":
+            gate: nn.Module = Layer("GLU", 1) if d.flag() else Op("glu", d.choice((1, -3)))
+        case "glu_swish":
+            gate = Pieces("chunk", 2, [None, None], "swish")
+        case _:
+            gate = Pieces("chunk", 2, [None, None], "mul")
+    return chain([wide, gate]), at._replace(width=width)
+
+
+@feature("gate_conv", "two_pools", "context", "squeeze_mean", "expanded_gate")
+def gate(d: Draw, at: At, name: str) -> Built:
+    hidden = d.width()
+    match name:
+        case "gate_conv":
+            conv = Layer("Conv2d", at.width, at.width, 3, padding=1)
+            block: nn.Module = Merge([None, conv], d.choice(("gate", "swish")))
+        case "two_pools":
+            block = TwoPools(at.width, hidden)
+        case "context":
+            block = Context(at.width, hidden)
+        case "squeeze_mean":
+            squeeze = Op(d.choice(("mean", "amax")), (2, 3), keepdim=True)
+            convs = [Layer("Conv2d", at.width, hidden, 1), Layer("SiLU")]
+            convs += [Layer("Conv2d", hidden, at.width, 1), Op("hardsigmoid")]
+            block = Merge([None, chain([squeeze, *convs])], "mul")
+        case _:
+            how = d.choice(("number", "size", "shape", "repeat", "as"))
+            block = ExpandedGate(at.width, how)
+    return block, at
+
+
+@feature("csp")
+def csp(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, 2)
+    layers = [d.conv(width // 2, width // 2) for _ in range(d.integer(1, 2))]
+    return chain([*prefix, Csp(layers)]), at._replace(width=width + len(layers) * (width // 2))
+
+
+# Norms over channels
+
+
+@feature("layer_norm", "rms_norm", "layer_norm_functional", "rms_norm_functional")
+def channel_norm(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, low=2)
+    kind, functional = name.split("_")[0], name.endswith("functional")
+    block = ChannelNorm(width, f"functional {kind}" if functional else kind)
+    return chain([*prefix, block, Layer("ReLU")]), at._replace(width=width)
+
+
+@feature("group_norm", "group_norm_functional", "group_norm_each", "group_norm_plain")
 def group_norm(d: Draw, at: At, name: str) -> Built:
     groups = d.choice((1, 2, 3))
     prefix, width = d.fit(at, groups, 2 * groups)
-    return chain([*prefix, Layer("GroupNorm", groups, width)]), at._replace(width=width)
+    groups = width if name == "group_norm_each" else groups
+    if name == "group_norm_functional":
+        block: nn.Module = FunctionalGroupNorm(groups, width)
+    else:
+        options = {"affine": False} if name == "group_norm_plain" else {}
+        block = Layer("GroupNorm", groups, width, **options)
+    return chain([*prefix, block, Layer("ReLU")]), at._replace(width=width)
+
+
+@feature("prelu_functional")
+def prelu_functional(d: Draw, at: At, name: str) -> Built:
+    return FunctionalPRelu(at.width), at
+
+
+# Positions
+
+
+@feature(
+    "roll_positions", "flip_positions", "softmax_positions", "cumsum_positions", "max_positions"
+)
+def positions(d: Draw, at: At, name: str) -> Built:
+    op = {
+        "roll_positions": Op("roll", (1, -1), (2, 3)),
+        "flip_positions": Op("flip", (3,)),
+        "softmax_positions": Op("softmax", 3),
+        "cumsum_positions": Op("cumsum", 2),
+        "max_positions": Op("amax", 2, keepdim=True),
+    }[name]
+    return Merge([None, op], d.choice(("add", "mul", "sub"))), at
+
+
+@feature("pad_reflect", "pad_replicate", "pad_circular", "pad_constant", "pad_shift")
+def pads(d: Draw, at: At, name: str) -> Built:
+    if name == "pad_shift":
+        return Op("pad", (1, -1, -2, 2)), at
+    width, mode = d.width(), name.removeprefix("pad_")
+    if mode == "constant":
+        pad: nn.Module = Op("pad", (0, 2, 1, 1), value=0.5) if d.flag() else Layer("ZeroPad2d", 1)
+    elif d.flag():
+        pad = Op("pad", (1, 1, 1, 1), mode=mode)
+    else:
+        kind = {"reflect": "Reflection", "replicate": "Replication", "circular": "Circular"}[mode]
+        pad = Layer(f"{kind}Pad2d", 1)
+    return chain([pad, Layer("Conv2d", at.width, width, 3)]), at._replace(width=width)
+
+
+@feature("pixel_unshuffle")
+def pixel_unshuffle(d: Draw, at: At, name: str) -> Built:
+    """To twice the size and back, since sizes must be even."""
+    prefix, width = d.fit(at, high=4)
+    block = Op("pixel_unshuffle", 2) if d.flag() else Layer("PixelUnshuffle", 2)
+    larger = Layer("Upsample", scale_factor=2, mode="bilinear")
+    return chain([*prefix, larger, block]), at._replace(width=4 * width)
+
+
+@feature("stacked_shuffles", "permuted", "repeat_interleave")
+def permutations(d: Draw, at: At, name: str) -> Built:
+    prefix, width = d.fit(at, 6, 6) if name == "stacked_shuffles" else d.fit(at, low=2, high=8)
+    match name:
+        case "stacked_shuffles":
+            between = [Layer("ReLU")] if d.flag() else []
+            block: nn.Module = chain([Shuffle(2), *between, Shuffle(3)])
+        case "permuted":
+            left = list(range(width))
+            order = [left.pop(d.integer(0, len(left) - 1)) for _ in range(width)]
+            block = Gather(order, **{"select": True} if d.flag() else {})
+        case _:
+            block = Op("repeat_interleave", 2, dim=1)
+    out = 2 * width if name == "repeat_interleave" else width
+    return chain([*prefix, block]), at._replace(width=out)
+
+
+# Channels that depend on each other: most of these have to stay complete
 
 
 @feature(
@@ -615,6 +1025,9 @@ def group_norm(d: Draw, at: At, name: str) -> Built:
     "cumsum",
     "sort",
     "opaque",
+    "normalize",
+    "hand_norm",
+    "channel_pools",
 )
 def across_channels(d: Draw, at: At, name: str) -> Built:
     prefix, width = d.fit(at, low=2)
@@ -626,13 +1039,16 @@ def across_channels(d: Draw, at: At, name: str) -> Built:
         "cumsum": lambda: Op("cumsum", 1),
         "sort": Sorted,
         "opaque": Opaque,
+        "normalize": lambda: Op("normalize", dim=1),
+        "hand_norm": lambda: HandNorm(width, d.choice(("layer", "response"))),
+        "channel_pools": lambda: Merge([None, SpatialGate()], "mul"),
     }[name]
     return chain([*prefix, block()]), at._replace(width=width)
 
 
 FREEZING = frozenset(
     {"local_response_norm", "channel_softmax", "channel_mean", "channel_max"}
-    | {"cumsum", "sort", "opaque"}
+    | {"cumsum", "sort", "opaque", "normalize", "hand_norm", "channel_pools"}
 )  # an einsum with a parameter is a contraction, which an analysis may also understand
 
 
@@ -650,6 +1066,13 @@ def linear_head(d: Draw, at: At, name: str) -> nn.Module:
         case "head_mlp":
             return LinearHead(at.width, classes, pool=d.choice((1, 2)), hidden=d.width(low=2))
     return LinearHead(at.width, classes, pool=d.choice((2, 3)), how=name.removeprefix("head_"))
+
+
+@head("head_tokens", "head_query")
+def token_head(d: Draw, at: At, name: str) -> nn.Module:
+    prefix, width = d.fit(at, low=2)  # one channel, normalised, is a constant
+    attention = CrossAttention(width, width, *heads(d)) if name == "head_query" else None
+    return chain([*prefix, TokenHead(width, d.integer(2, 4), attention)])
 
 
 @head("head_conv", "head_raw")

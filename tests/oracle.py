@@ -209,10 +209,15 @@ def flops(model: nn.Module, x: Tensor) -> float:
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    trained = [p for p in model.parameters() if p.requires_grad]  # views of them confuse hooks
     try:
+        for p in trained:
+            p.requires_grad_(False)
         with FlopCounterMode(display=False) as counter, _Einsum(counter) as einsum:
             model(x)
     finally:
+        for p in trained:
+            p.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
     return (counter.get_total_flops() + einsum.unseen) / 2 / x.shape[0]
 
@@ -230,9 +235,14 @@ class _Einsum(TorchFunctionMode):
         if func is torch.functional.einsum:
             terms = args[0].replace(" ", "").split("->")[0].split(",")
             sizes = {c: n for term, x in zip(terms, args[1:], strict=True)
-                     for c, n in zip(term, x.shape, strict=True)}  # fmt: skip
+                     for c, n in zip(_spelt(term, x.dim()), x.shape, strict=True)}  # fmt: skip
             self.unseen += 2 * math.prod(sizes.values()) - (self.counter.get_total_flops() - before)
         return out
+
+
+def _spelt(term: str, rank: int) -> str:
+    """A term of an einsum with a capital for each axis that its `...` stands for."""
+    return term.replace("...", "ABCDEFGH"[8 - rank + len(term) - 3 :]) if "." in term else term
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from oracle import masked, relative_error
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxprune
+from fxprune import exported
 from fxprune.cost import Cost
-from fxprune.exported import LONGEST, trace_exported
+from fxprune.exported import trace_exported
 from fxprune.graph import op_name
 from fxprune.groups import analyze_traced
 from fxprune.pipeline import Progress, cut
@@ -43,7 +45,7 @@ def run(traced, *inputs):
     """The captured graph on other inputs."""
     root = copy.copy(traced.model)
     root.__dict__ = {**vars(root), **traced.constants}
-    return torch.fx.Interpreter(root, graph=traced.graph).run(*inputs)
+    return torch.fx.GraphModule(root, traced.graph)(*inputs)
 
 
 def assert_same(traced, *inputs):
@@ -51,7 +53,7 @@ def assert_same(traced, *inputs):
         given, found = traced.model(*inputs), run(traced, *inputs)
     assert type(given) is type(found)
     for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(found), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def pruned(traced, share=3):
@@ -143,8 +145,8 @@ def test_layers_and_tensors_keep_their_names(refused):
     assert list(refused.constants) == ["_tensor_constant0"]
     for node in refused.graph.nodes:
         assert "val" in node.meta
-        if node.op in ("call_module", "get_attr") or isinstance(node.meta["val"], torch.Tensor):
-            assert node.op == "placeholder" or node.meta["where"].startswith(f"{__file__}:")
+        if node.op.startswith("call_") and isinstance(node.meta["val"], torch.Tensor):
+            assert node.meta["where"].startswith(f"{__file__}:")
 
 
 def test_what_is_cut_obeys_the_law(refused):
@@ -152,7 +154,9 @@ def test_what_is_cut_obeys_the_law(refused):
     assert small.report.front_end == "export"
     assert small.stem.out_channels < 6
     small.train()
-    before = small.blocks_0_bn if hasattr(small, "blocks_0_bn") else small.get_submodule("blocks.0.bn")
+    before = (
+        small.blocks_0_bn if hasattr(small, "blocks_0_bn") else small.get_submodule("blocks.0.bn")
+    )
     mean = before.running_mean.clone()
     small(image(4)).sum().backward()
     assert int(before.num_batches_tracked) == 1
@@ -169,8 +173,9 @@ def test_the_model_is_left_as_it_was():
     modes = [m.training for m in net.modules()]
     attributes = [dict(vars(m)) for m in net.modules()]
     state = {k: v.clone() for k, v in net.state_dict().items()}
+    x = image()
     noise = torch.get_rng_state()
-    trace_exported(net, (image(),), "")
+    trace_exported(net, (x,), "")
     assert [m.training for m in net.modules()] == modes
     assert [dict(vars(m)) for m in net.modules()] == attributes
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
@@ -211,8 +216,8 @@ def test_the_words_are_those_of_symbolic_tracing():
     ours = [w for w in words(exported) if w not in sizes]
     assert sorted(ours) == sorted(w for w in words(symbolic) if w not in sizes)
     assert not [n for n in exported.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    assert_same(exported, x)
-    assert_same(exported, image(3, 8))
+    for given in (x, image(3, 8)):  # attention is taken apart: equal to rounding
+        assert relative_error(net(given), run(exported, given)) <= 1e-14
 
 
 class Indices(nn.Module):
@@ -325,12 +330,16 @@ class Same(nn.Module):
         return x
 
 
-def test_sizes_with_long_formulas_are_fixed():
-    net = distinct(Same(5))
-    assert LONGEST < 200
-    traced = trace_exported(net, (image(1, 40),), "")
-    assert_same(traced, image(3, 40))
-    assert any(note.startswith("sizes that may change: axes 0 of") for note in traced.notes)
+def test_sizes_with_long_formulas_are_fixed(monkeypatch):
+    net = distinct(Same(2))
+    for effort, axes in ((20_000, "0, 2, 3"), (100, "0")):
+        monkeypatch.setattr(exported, "EFFORT", effort)
+        traced = trace_exported(net, (image(1, 32),), "")
+        assert_same(traced, image(3, 32))
+        assert any(
+            note.startswith(f"sizes that may change: axes {axes} of") for note in traced.notes
+        )
+    assert ShapeEnv.simplify.__name__ != "counted"
 
 
 class Modal(nn.Module):
@@ -348,6 +357,11 @@ def autocast(y):
         return y @ y.mT
 
 
+def no_autocast(y):
+    with torch.autocast("cpu", enabled=False):
+        return y @ y.mT
+
+
 def quiet(y):
     with torch.no_grad():
         scale = y.mean()
@@ -355,11 +369,12 @@ def quiet(y):
 
 
 def test_contexts_inside_forward():
-    with pytest.raises(fxprune.TraceError, match="under torch.autocast"):
+    with pytest.raises(fxprune.TraceError, match=r"under torch\.autocast"):
         trace_exported(distinct(Modal(autocast)), (image(),), "")
-    traced = trace_exported(distinct(Modal(quiet)), (image(),), "")
-    assert_same(traced, image(2))
-    assert any(f"`torch.no_grad` inside forward ({__file__}:" in note for note in traced.notes)
+    for body, name in ((quiet, "no_grad"), (no_autocast, "autocast(enabled=False)")):
+        traced = trace_exported(distinct(Modal(body)), (image(),), "")
+        assert_same(traced, image(2))
+        assert any(f"`torch.{name}` inside forward ({__file__}:" in note for note in traced.notes)
 
 
 def test_what_export_refuses_is_named_with_the_line():

@@ -74,6 +74,12 @@ def positions(m: nn.Module, x: Tensor) -> Tensor:
     return x * rows[:, None] + torch.zeros((1, x.shape[-1]), dtype=x.dtype)
 
 
+def filled_table(m: nn.Module, x: Tensor) -> Tensor:
+    table = torch.zeros(x.shape[-1], 2, dtype=x.dtype)
+    table[:, 1] = torch.tensor(2.5)
+    return x * table.sum(1)
+
+
 def asked_about(m: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(x, Tensor)
     assert isinstance(x.shape[0], int)
@@ -89,7 +95,7 @@ def parsed_only(m: nn.Module, x: Tensor) -> Tensor:
     return torch.roll(torch.reshape(x, (x.shape[0], x.shape[1], -1)), (x.size(2), 1), (1, 2))
 
 
-FREE = [unpacked, padded_to_even, window_mask, positions, asked_about, parsed_only]
+FREE = [unpacked, padded_to_even, window_mask, positions, filled_table, asked_about, parsed_only]
 
 
 @pytest.mark.parametrize("forward", FREE, ids=lambda f: f.__name__)

@@ -141,9 +141,9 @@ def concatenate(flow: Flow, node: Node) -> Value:
     dim = given.get("dim", given.get("axis", 0)) % len(out.shape)
     name = op_name(node)
     if len(parts) > 1 and (name == "stack" or not any(dim in label.varying for label in parts)):
-        ids = flow.couple_all(node, parts)  # beside each other, not behind: all or none
-        ids = ids.unsqueeze(dim) if name == "stack" else ids
-        return Label(tuple(out.shape), ids, _joined_parts(node, parts, dim))
+        coupled = flow.couple_all(node, parts)  # beside each other, not behind: all or none
+        coupled = coupled.unsqueeze(dim) if name == "stack" else coupled
+        return Label(tuple(out.shape), coupled, _joined_parts(node, parts, dim))
     ids = [label.ids for label in parts]
     if op_name(node) == "cat":
         ids = [i.narrow(dim, 0, 1).expand(_with(i, dim, p.shape[dim])) if i.shape[dim] == 1 else i

@@ -69,6 +69,8 @@ def product(flow: Flow, node: Node, a: Operand, b: Operand, result: str) -> Labe
     batch = "".join(c for c in both if c in result)
     contracted = "".join(c for c in both if c not in result)
     sizes = _sizes(a, b)
+    if node not in flow.computed:
+        return _of_constants(flow, node, a, b, result, sizes)
     a, b = (_sum_alone(flow, node, x, both + result) for x in (a, b))
     found: list[Tensor] = []  # ids that multiply the cost and may pass into the result
     makes: Tensor | None = None  # new channels, of a factor made of parameters
@@ -97,6 +99,23 @@ def _sizes(*operands: Operand) -> dict[str, int]:
         for c, n in zip(x.letters, x.label.shape, strict=True):
             sizes[c] = max(sizes.get(c, 1), n)
     return sizes
+
+
+def _of_constants(
+    flow: Flow, node: Node, a: Operand, b: Operand, result: str, sizes: dict[str, int]
+) -> Label:
+    """A product of parameters and constants: dimensions pass that no sum runs over."""
+    total = math.prod(sizes.values()) / flow.traced.batch
+    flow.ledger.macs.append(MacTerm(node.name, total, ()))
+    parts = []
+    for x, other in ((a, b), (b, a)):
+        for part in x.label.parts:
+            index = x.with_ids(part.index)
+            varied = [c for c, n in zip(x.letters, part.index.shape, strict=True) if n > 1]
+            if all(c in result and c not in other.letters for c in varied):
+                parts.append(replace(part, index=index.ids(result)))
+    shape = tuple(sizes[c] for c in result)
+    return Label(shape, uncut(shape).ids, tuple(parts))
 
 
 def _placed(ids: Tensor, letters: str, result: str) -> Tensor:
