@@ -20,9 +20,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import evaluating, function_name, op_name, value_of
+from fxprune.graph import evaluating, op_name, value_of
 from fxprune.groups import Analysis, Array
-from fxprune.modes import ModeCall
 from fxprune.trace import Traced, batch_size, to_meta, twin
 
 _PRODUCTS = [
@@ -164,8 +163,6 @@ def may_multiply(traced: Traced, node: Node) -> bool:
     """Whether a node can hold a convolution or matrix product."""
     if node.op == "call_module":
         module = traced.module(node)
-        if isinstance(module, ModeCall):
-            return function_name(module.function) in _PRODUCTS
         return any(p.dim() > 1 for p in module.parameters())
     return op_name(node) in _PRODUCTS
 
@@ -208,10 +205,15 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     )
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        for p in trained:  # the counter's hooks fail on views of them, made without a gradient
+            p.requires_grad_(False)
         with evaluating(model), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(*inputs)
     finally:
+        for p in trained:
+            p.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2 // batch_size(inputs)
 

@@ -57,7 +57,8 @@ def attend(
         mixed, weights = _explicit(layer, q, k, v, mask, scale)
         if average_attn_weights:
             weights = weights.mean(dim=-3)
-            weights.node.meta["spare"] = True
+            if hasattr(weights, "node"):  # torch.export drops by itself what nobody reads
+                weights.node.meta["spare"] = True
     else:
         p = layer.dropout if layer.training else 0.0
         mixed = F.scaled_dot_product_attention(

@@ -35,7 +35,7 @@ from fxprune.graph import HOOKS, Tensors, op_name
 from fxprune.hints import Hints, first_line
 from fxprune.lifting import Hole, LayerCall, lift
 from fxprune.modes import Flags, Modes, compare_modes
-from fxprune.symbolic import Capture, FxTracer, _failing_line, at_once, set_mode
+from fxprune.symbolic import Capture, FxTracer, _failing_line, at_once, set_mode, unmarked
 from fxprune.trace import Traced
 
 
@@ -81,7 +81,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Capture,
     Symbolic sizes of 1 do not exist in torch: a batch of one is exported as a batch of two.
     """
     refused: Exception | None = None
-    for free in _attempts(example_inputs):
+    for free in _attempts(model, example_inputs):
         try:
             found, open_axes = _export(model, free, training=False)
         except TraceError:
@@ -107,12 +107,13 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Capture,
     ) from refused
 
 
-def _attempts(inputs: tuple[Any, ...]) -> Iterator[Free]:
+def _attempts(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Free]:
     """Batch and spatial axes free; the batch alone; nothing."""
     doubled = _doubled(inputs)
     for batch in (doubled, inputs) if doubled is not None else (inputs,):
-        yield Free(batch, pytree.tree_map(lambda v: _open(v, spatial=True), batch))
-        yield Free(batch, pytree.tree_map(lambda v: _open(v, spatial=False), batch))
+        for spatial in (True, False):
+            given = tuple(value for _, value in _named(model, batch))
+            yield Free(batch, pytree.tree_map(partial(_open, spatial=spatial), given))
     yield Free(inputs, None)
 
 
@@ -170,7 +171,13 @@ def _export(
 ) -> tuple[Capture, list[tuple[int, int]]]:
     """The graph of one mode, and the free (axis, input) pairs."""
     set_mode(model, training)
-    with _layers_whole(model) as calls, _effort_bounded(), _quiet(), torch.enable_grad():
+    with (
+        unmarked(model, noise=False),
+        _layers_whole(model) as calls,
+        _effort_bounded(),
+        _quiet(),
+        torch.enable_grad(),
+    ):
         program = torch.export.export(model, free.inputs, dynamic_shapes=free.shapes, strict=False)
     lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls)
     notes = list(dict.fromkeys(lifted.notes))

@@ -182,6 +182,7 @@ def flow_through(
         if node.op == "placeholder" or not flow.computed.isdisjoint(node.all_input_nodes):
             flow.computed.add(node)
         flow.labels[node] = _visit(flow, node)
+        _write_back(flow, node)
         _pin_what_is_lost(flow, node)
         for label in leaves(flow.labels[node]):
             several = len(label.varying) > 1 and node not in flow.ledger.loose
@@ -189,6 +190,33 @@ def flow_through(
                 flow.ledger.arrays.append(label.ids)
     flow.ledger.freeze_whole()
     return flow
+
+
+_VIEWS = {
+    "view", "getitem", "select", "narrow", "transpose", "permute", "unsqueeze", "squeeze", "expand",
+    "chunk", "split", "unbind", "flatten", "reshape", "t", "detach", "unflatten", "movedim",
+}  # fmt: skip
+
+
+def _write_back(flow: Flow, node: Node) -> None:
+    """A tensor made of parameters that is changed in place is, from here on, what was written."""
+    written = first_argument(node)
+    made, before = flow.labels[node], flow.labels.get(written) if isinstance(written, Node) else None  # fmt: skip
+    if not _in_place(node) or not isinstance(made, Label) or not isinstance(before, Label):
+        return
+    if not (made.parts or before.parts) or made.shape != before.shape:
+        return
+    flow.labels[written] = made
+    if op_name(written) in _VIEWS:  # guard: written view -> tests/test_products.py -k written
+        for part in (*made.parts, *before.parts):
+            why = f"`{part.tensor}` is written into a part of another tensor"
+            flow.ledger.pinned.setdefault(part.key, (node, why))
+
+
+def _in_place(node: Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    plain = name.endswith("_") and not name.endswith("__")
+    return node.op.startswith("call_") and (plain or name in ("iadd", "imul", "isub", "itruediv"))
 
 
 def _pin_what_is_lost(flow: Flow, node: Node) -> None:

@@ -159,8 +159,12 @@ class Ledger:
     made: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (node, dim) -> ids of what
     # has a size but no identity per channel: constants, copies; they are cut as what they meet
     bound: set[tuple[str, int]] = field(default_factory=set)  # those that met channels
-    picks: dict[Node, tuple[Pick, ...]] = field(default_factory=dict)  # axes taken at constant places
-    shuffles: dict[Node, tuple[Node, ...]] = field(default_factory=dict)  # last node -> those before
+    picks: dict[Node, tuple[Pick, ...]] = field(
+        default_factory=dict
+    )  # axes taken at constant places
+    shuffles: dict[Node, tuple[Node, ...]] = field(
+        default_factory=dict
+    )  # last node -> those before
     loose: set[Node] = field(default_factory=set)  # nodes that need be no rectangle: of a shuffle
 
     def fresh(self, count: int) -> Tensor:

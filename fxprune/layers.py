@@ -161,7 +161,8 @@ def _layers(
             name = node.name
             while name in taken or name in book.by_name:
                 name += "'"
-            book.enter(name, "product", place, node, ())
+            kind = _function_kind(node)
+            book.enter(name, kind if kind == "attention" else "product", place, node, ())
     for place, node in nodes:
         if node.op != "get_attr":
             continue
@@ -256,7 +257,7 @@ class _Counts:
 
 def _channels(analysis: Analysis, layer: _Layer, counts: _Counts) -> int:
     """Channels that a layer makes; 0 where it has no axis of them."""
-    if layer.kind in ("product", "other"):
+    if layer.kind in ("product", "attention", "other"):
         return 0
     if layer.kind == "norm":
         dims = [counts.numel(p) for p in layer.parameters]

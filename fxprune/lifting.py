@@ -93,13 +93,14 @@ class _Lifter:
         self.read: dict[Node, str] = {}  # placeholder of a tensor that the model holds -> its name
         self.source: tuple[Node, torch.device] | None = None  # the first tensor of the input
         self.where = ""
+        self.pure: set[Node] = set()  # nodes that change nothing
 
     def run(self, arguments: Sequence[tuple[str, Any]]) -> Lifted:
         """The whole program: inputs, operations, results."""
         env = self._inputs(arguments)
         results = self._body(self.program.graph_module, env)
         self._results(results)
-        _drop_unread(self.graph)
+        self._drop_unread()
         self.graph.lint()
         return self.out
 
@@ -172,9 +173,9 @@ class _Lifter:
         return ()
 
     def _value(self, env: dict[Node, Any], node: Node) -> Any:
-        """What stands for a node; tensors of the model are read anew by each reader."""
-        if node in self.read and node not in env:
-            return self._new("get_attr", self.read[node])
+        """What stands for a node; tensors of the model are read where they are used first."""
+        if node not in env:
+            env[node] = self._new("get_attr", self.read[node])
         return env[node]
 
     def _new(self, op: str, target: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Node:
@@ -193,9 +194,16 @@ class _Lifter:
         if isinstance(target, HigherOrderOperator):
             return self._context(target, args)
         if not isinstance(target, OpOverload):  # arithmetic on sizes
-            return self._new("call_function", target, args, kwargs)
-        rank = _rank(node)
-        return self._aten(target, rank, args, kwargs)
+            new = self._new("call_function", target, args, kwargs)
+            self.pure.add(new)
+            return new
+        new = self._aten(target, _rank(node), args, kwargs)
+        pure = (
+            not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+        )
+        if pure and isinstance(new, Node) and all(new is not a for a in args):
+            self.pure.add(new)
+        return new
 
     def _layer(self, call: LayerCall, tensors: Sequence[Any], sizes: Sequence[Any]) -> Any:
         args, kwargs = pytree.tree_map(
@@ -314,6 +322,13 @@ class _Lifter:
         assert structure is not None
         self.graph.output(self._written(pytree.tree_unflatten(leaves, structure)))
 
+    def _drop_unread(self) -> None:
+        """Sizes, parameters, parts and whatever else nobody reads and changes nothing."""
+        for node in reversed(self.graph.nodes):
+            part = node.op == "get_attr" or node.target in (operator.getitem, getattr)
+            if not node.users and (part or node in self.pure):
+                self.graph.erase_node(node)
+
     def _written(self, value: Any) -> Any:
         """A result as a graph can hold it: containers of other classes are made by a call."""
         kind = type(value)
@@ -368,21 +383,6 @@ def _is_constant(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "get_attr"
 
 
-_QUERIES = {operator.getitem, getattr}
-
-
-def _drop_unread(graph: Graph) -> None:
-    """Sizes, parameters and parts that nobody reads."""
-    for node in reversed(graph.nodes):
-        query = node.op == "get_attr" or (node.op == "call_method" and node.target == "size")
-        if node.op == "call_function":
-            home = getattr(node.target, "__module__", "")
-            named = getattr(node.target, "__name__", "")
-            query = node.target in _QUERIES or home == "_operator" or named.startswith("sym_")
-        if query and not node.users and not str(getattr(node.target, "__name__", "")).startswith("i"):  # fmt: skip
-            graph.erase_node(node)
-
-
 # How operations are written. A writer gets the overload, the rank of the first argument, arguments
 # and keywords, and returns (op, target, args, kwargs), or None where nothing happens.
 
@@ -416,7 +416,7 @@ def _spread(name: str, args: list[Any]) -> list[Any]:
 
 
 _FUNCTIONAL = {
-    "linear", "dropout", "alpha_dropout", "scaled_dot_product_attention", "rms_norm", "silu",
+    "linear", "dropout", "alpha_dropout", "rms_norm", "silu",
     "gelu", "hardtanh", "leaky_relu", "softplus", "mish", "glu", "hardswish", "hardsigmoid",
     "relu6", "pad", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d",
     "relu", "one_hot", "pixel_shuffle", "pixel_unshuffle", "local_response_norm", "bilinear",
@@ -549,6 +549,13 @@ def _arithmetic(function: Any) -> Writer:
     return write
 
 
+def _attention(op: OpOverload, rank: int | None, a: list[Any], kwargs: dict[str, Any]) -> Written:
+    """With all options by name, so that both modes write the same ones."""
+    mask, p, causal = _filled(a[3:], None, 0.0, False)
+    options = {"attn_mask": mask, "dropout_p": p, "is_causal": causal, **kwargs}
+    return "call_function", F.scaled_dot_product_attention, a[:3], options
+
+
 def _split(op: OpOverload, rank: int | None, a: list[Any], kwargs: dict[str, Any]) -> Written:
     return "call_function", torch.split, a, kwargs
 
@@ -566,6 +573,7 @@ _SPECIAL: dict[str, Writer] = {
     "layer_norm": _without_last(F.layer_norm, 5),
     "group_norm": _without_last(F.group_norm, 5),
     "embedding": _embedding,
+    "scaled_dot_product_attention": _attention,
     "to": _to,
     "_to_copy": _to,
     "split": _split,

@@ -25,8 +25,6 @@ class ModeCall(nn.Module):
     `flags[arg] = (value in eval, value in train)`, where arg is a position or a keyword.
     """
 
-    follows_mode = True  # a leaf for every later trace
-
     def __init__(
         self, function: Callable[..., Any], flags: dict[int | str, tuple[Any, Any]]
     ) -> None:

@@ -201,5 +201,5 @@ def numbers_stay_nodes() -> Iterator[None]:
 
 FACTORIES = (
     torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.eye,
-    torch.rand, torch.randn, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices,
+    torch.tensor, torch.as_tensor, torch.rand, torch.randn, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices,
 )  # fmt: skip

@@ -105,9 +105,14 @@ def no_match(where: str, pattern: str, names: Sequence[str]) -> PlanError:
     """The error for a pattern that matches none of the names."""
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     words = ["all", "free", *KINDS] if where == "scope" else []
-    near = difflib.get_close_matches(pattern, [*words, *names], n=1)
+    known = [word for word in [*words, *names] if word != pattern]  # a kind may match nothing, too
+    near = difflib.get_close_matches(pattern, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    choice = f'"all", "free", a kind ({", ".join(KINDS)}) or patterns' if where == "scope" else "patterns"
+    choice = (
+        f'"all", "free", a kind ({", ".join(KINDS)}) or patterns'
+        if where == "scope"
+        else "patterns"
+    )
     return PlanError(
         f"the pattern {pattern!r} in {where} matches nothing",
         where=where,

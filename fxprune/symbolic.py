@@ -83,7 +83,7 @@ class FxTracer(Tracer):
         kind = type(m)
         if kind in LEAVES:
             return True
-        if f"{kind.__module__}.{kind.__qualname__}" in LEAF_CLASSES or hasattr(m, "follows_mode"):
+        if f"{kind.__module__}.{kind.__qualname__}" in LEAF_CLASSES:
             return True
         if kind in THROUGH or decomposes(m):
             return False
@@ -431,6 +431,7 @@ def unmarked(model: nn.Module, *, noise: bool = True) -> Iterator[None]:
         )
         for m in model.modules()
     ]
+    caches = [found for m in model.modules() for v in vars(m).values() for found in _containers(v)]
     state = torch.get_rng_state()
     try:
         yield
@@ -442,6 +443,24 @@ def unmarked(model: nn.Module, *, noise: bool = True) -> Iterator[None]:
                 if store.keys() != kept.keys() or any(store[k] is not v for k, v in kept.items()):
                     store.clear()
                     store.update(kept)
+        for cache, held in caches:  # guard: caches -> tests/test_tracing_hints.py -k cache
+            if len(cache) != len(held) or any(a is not b for a, b in zip(_items(cache), _items(held), strict=True)):  # fmt: skip
+                cache.clear()
+                cache.extend(held) if isinstance(cache, list) else cache.update(held)
+
+
+def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
+    """The dicts, lists and sets that an attribute holds, each with a copy of what is in it."""
+    if type(value) not in (dict, list, set) or not depth:
+        return
+    yield value, value.copy()
+    for inner in value.values() if isinstance(value, dict) else value:
+        yield from _containers(inner, depth - 1)
+
+
+def _items(cache: Any) -> list[Any]:
+    """What a container holds, one after the other; keys of a dict, too."""
+    return [*cache, *cache.values()] if isinstance(cache, dict) else list(cache)
 
 
 @contextlib.contextmanager

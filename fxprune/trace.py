@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from fxprune.admission import admit
+from fxprune.errors import TraceError
 from fxprune.graph import Tensors, get_path, op_name
 from fxprune.hints import Hints, to_meta, twin
 from fxprune.modes import Flags, compare_modes
@@ -68,10 +69,13 @@ def batch_size(inputs: Any) -> int:
 def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
     """Trace `model` in both modes and put shapes on every node; TraceError says what is in the way."""
     admitted = admit(model, example_inputs)
-    with at_once(model):
-        with unmarked(model, noise=False):  # forward may keep what it computed
-            evaluating = capture(model, example_inputs, training=False)
-        training = capture(model, example_inputs, training=True, earlier=evaluating.hints)
+    try:
+        with at_once(model):
+            with unmarked(model, noise=False):  # forward may keep what it computed
+                evaluating = capture(model, example_inputs, training=False)
+            training = capture(model, example_inputs, training=True, earlier=evaluating.hints)
+    except TraceError as refused:
+        return _by_export(model, example_inputs, refused)
     modes = compare_modes(evaluating, training)
     return Traced(
         model,
@@ -84,6 +88,17 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
         dropped=modes.dropped,
         hooked=admitted.hooked,
     )
+
+
+def _by_export(model: nn.Module, example_inputs: tuple[Any, ...], refused: TraceError) -> Traced:
+    """The second front end, for what symbolic tracing refuses; where both refuse, the first says why."""
+    from fxprune.exported import trace_exported
+
+    try:
+        return trace_exported(model, example_inputs, str(refused).splitlines()[0])
+    except TraceError as again:
+        refused.add_note(f"torch.export refuses it, too: {str(again).splitlines()[0]}")
+        raise refused from again
 
 
 def _shapes(traced: Traced) -> None:

@@ -108,9 +108,7 @@ class _AsPrecise(TorchFunctionMode):
         super().__init__()
         self.double = dtype == torch.float64
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leave out casts of float64 to float32."""
         kwargs = kwargs or {}
         if self.double and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:

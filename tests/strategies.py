@@ -1,4 +1,4 @@
-"""Random convolutional networks, drawn by hypothesis or from a seed by the same code.
+"""Random networks of feature maps and tokens, drawn by hypothesis or from a seed by the same code.
 
     net = build(7)                                              # a plain seed
     @given(net=nets())                                          # anything

@@ -109,7 +109,7 @@ class Refused(nn.Module):
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
-        state = {"features": self.stem(x), "seen": 0}
+        self.state = state = {"features": self.stem(x), "seen": 0}
         if not isinstance(state["features"], torch.Tensor):
             raise TypeError("a tensor is wanted")
         for block in self.blocks:
@@ -202,7 +202,7 @@ class Plain(nn.Module):
         y = F.pad(y, (0, 0, 0, 0)) + F.adaptive_avg_pool2d(y, 1)
         t = y.flatten(2).permute(0, 2, 1) + self.pos
         t = self.act(self.norm(t))
-        t = t + self.attend(t, t, t, need_weights=False)[0]
+        t = t + self.attend(t, t, t, need_weights=False)[0] + self.attend(t, t, t)[0]
         t = F.layer_norm(t, (8,), eps=1e-6)
         t = torch.einsum("bnc,bmc->bnm", t, t).softmax(-1) @ t
         return self.fc(t[:, 1:].mean(dim=1)), t[:, 0]
@@ -247,6 +247,49 @@ def test_indices_containers_and_in_place():
     assert "lstm" in targets
     assert getattr in targets  # the device follows the input
     assert not any(isinstance(v, torch.device) for n in traced.graph.nodes for v in n.kwargs.values())  # fmt: skip
+
+
+class Several(nn.Module):
+    """Any number of inputs, and what eval mode counts in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, *others):
+        self.calls.add_(1)
+        return self.conv(x) + sum(self.conv(other) for other in others) * self.calls
+
+
+def test_any_number_of_inputs_and_counting_buffers():
+    net = distinct(Several())
+    traced = trace_exported(net, (image(), image(), image()), "")
+    assert float(net.calls) == 0
+    assert any("axes 0 of input 0, 2 of input 0, 3 of input 0, 0 of" in n for n in traced.notes)
+    inputs = image(2, 8), image(2, 8), image(2, 8)
+    expected = copy.deepcopy(net)(*inputs)
+    assert torch.equal(run(traced, *inputs), expected)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.layers = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1
+        )
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.layers(self.embed(x.flatten(2).transpose(1, 2))).mean(1))
+
+
+def test_attention_drops_in_train_mode_only():
+    traced = trace_exported(distinct(Encoder()), (image(1, 4),), "")
+    assert list(traced.mode_flags.values()) == [{"dropout_p": (0.0, 0.1)}]
+    assert not [n for n in traced.notes if "in train mode" in n]
+    assert_law(traced, image(1, 4), image(2, 4))
 
 
 class Functional(nn.Module):
@@ -403,3 +446,22 @@ def test_hooks_of_layers_stay_with_them():
     assert traced.hooked == {"stem"}
     assert len([n for n in traced.graph.nodes if n.target == "stem"]) == 1
     assert_same(traced, image(2))
+
+
+def test_compile_through_the_second_door(monkeypatch):
+    def refusing(model, inputs):
+        try:
+            raise fxprune.TraceError("Refused cannot be traced: no", where="here")
+        except fxprune.TraceError as error:
+            return trace_exported(model, inputs, str(error).splitlines()[0])
+
+    monkeypatch.setattr("fxprune.groups.trace", refusing)
+    net, x = distinct(Refused()), image()
+    small = fxprune.compile(net, x, budget=0.5, progress=False)
+    assert small.report.front_end == "export"
+    assert any("refused: Refused cannot be traced: no" in note for note in small.report.notes)
+    assert relative_error(masked(net, small.plan.to_dict())(x), small(x)) <= BOUND
+    again = fxprune.apply(net, fxprune.Plan.from_json(small.plan.to_json()), x)
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in small.state_dict().items())
+    smaller = fxprune.compile(small, x, budget=0.5, progress=False)
+    assert relative_error(masked(net, smaller.plan.to_dict())(x), smaller(x)) <= BOUND

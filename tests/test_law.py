@@ -51,27 +51,39 @@ def assert_law(net, plan, pruned):
     assert sum(p.numel() for p in pruned.parameters()) == plan.metrics["params_after"]
 
 
-def half(net, x):
+def half(net, x, scope):
     """The network at half its MACs, or None where what is frozen costs more than that."""
     try:
-        return fxprune.compile(net, x, budget=0.5)
+        return fxprune.compile(net, x, budget=0.5, scope=scope)
     except fxprune.PlanError as error:
         if "budget cannot be reached" not in str(error):
             raise
         return None
 
 
+def check_plan(net, analysis, seed):
+    """A random plan, from its JSON, on one network."""
+    plan = random_plan(analysis, seed)
+    pruned = fxprune.apply(net, fxprune.Plan.from_json(plan.to_json()), net.example_input())
+    assert_law(net, plan, pruned)
+
+
 def check(net, seed):
-    """A budget and a random plan on one network."""
+    """A budget and a random plan on one network; by dimensions of heads too, where there are any."""
     x = net.example_input()
     analysis = fxprune.analyze(net, x)
     if not analysis.groups:
         with pytest.raises(fxprune.PlanError, match="nothing can be pruned"):
             fxprune.compile(net, x)
         return analysis
-    plan = random_plan(analysis, seed)
-    assert_law(net, plan, fxprune.apply(net, fxprune.Plan.from_json(plan.to_json()), x))
-    pruned = half(net, x)
+    check_plan(net, analysis, seed)
+    scope = "all"
+    if seed % 2 and any(group.kind == "heads" for group in analysis.groups):
+        by_dims = fxprune.analyze(net, x, scope=["all", "head-dims"])
+        if any(group.kind == "head-dims" for group in by_dims.groups):
+            check_plan(net, by_dims, seed)
+            scope = ["all", "head-dims"]
+    pruned = half(net, x, scope)
     if pruned is not None:
         assert pruned.plan.metrics["macs_after"] <= 0.5 * pruned.plan.metrics["macs_before"]
         assert_law(net, pruned.plan, pruned)

@@ -24,7 +24,12 @@ ROWS = [
     ["kernels"],
     ["graph"],
     [
+        "hints",
+        "proxies",
+        "decompose",
         "symbolic",
+        "exported",
+        "lifting",
         "modes",
         "admission",
         "trace",
@@ -34,6 +39,7 @@ ROWS = [
         "rules",
         "groups",
         "cost",
+        "coupling",
         "layers",
         "budget",
     ],
@@ -47,6 +53,7 @@ ROWS = [
         "training.*",
         "training",
     ],
+    ["rewrites.*", "rewrites"],
     ["passes.methods.*"],
     ["passes.methods"],
     ["passes.*"],
@@ -59,13 +66,14 @@ ROWS = [
         "pruned",
         "recalibrate",
         "inputs",
+        "masked_norms",
         "mask",
         "storage",
         "export",
     ],
     ["pipeline", "pruner"],
     ["datasets.*", "datasets"],
-    ["methods", "api", "sensitivity", "evaluation", "fit", "data", "zoo"],
+    ["methods", "api", "splice", "extend", "sensitivity", "evaluation", "fit", "data", "zoo"],
     [""],  # fxprune itself
     ["cli.*", "cli"],  # a user of the public names
 ]
@@ -73,6 +81,8 @@ ROWS = [
 # module that does the work, which in turn reads that result.
 CLOSING = {
     ("fxprune.groups", "fxprune.planning"): "Analysis.plan",
+    ("fxprune.groups", "fxprune.coupling"): "Analysis.coupling",
+    ("fxprune.trace", "fxprune.exported"): "trace",
     ("fxprune.report", "fxprune.views.tables"): "Report.__repr__",
     ("fxprune.report", "fxprune.views.page"): "Report.to_html",
 }

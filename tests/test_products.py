@@ -216,6 +216,34 @@ def test_tokens_positions_and_biases_follow_the_embedding_and_the_heads():
     assert "table" in " ".join(m for g in analysis.groups for m in g.members if g.kind == "heads")
 
 
+class Written(nn.Module):
+    """Positions that are summed in place before they meet the tokens."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.space, self.time = nn.Parameter(torch.zeros(TOKENS, DIM)), nn.Parameter(torch.zeros(DIM))
+        self.first, self.last = nn.Linear(DIM, DIM), nn.Linear(DIM, 2)
+        self.view = view
+
+    def forward(self, x):
+        place = self.space.repeat_interleave(1, dim=0)
+        if self.view:
+            place[1:].add_(self.time.expand(TOKENS - 1, -1))
+        else:
+            place.add_(self.time.expand(TOKENS, -1))
+        return self.last(self.first(x) + place)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_positions_that_are_written_in_place(view):
+    net = distinct(Written(view))
+    if view:
+        with pytest.raises(fxprune.PlanError, match="written into a part"):
+            fxprune.compile(net, torch.randn(1, TOKENS, DIM).double())
+    else:
+        assert "time" in check(net).group("first").members
+
+
 @pytest.mark.parametrize(
     ("scope", "cut", "left"),
     [

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import symbolic_trace
 from torch.utils._pytree import tree_leaves, tree_structure
 
-SEEDS = range(300)
+SEEDS = range(400)
 ANY_SEED = settings(max_examples=50)  # drawing is what is tested here, and SEEDS do most of it
 
 
@@ -111,7 +111,9 @@ def test_feature_can_be_required_alone(name: str) -> None:
         check(net)
 
 
-@pytest.mark.parametrize("name", ["chunk2", "residual", "shuffle_view", "head_constant"])
+@pytest.mark.parametrize(
+    "name", ["chunk2", "residual", "shuffle_view", "attention_sdpa", "windows", "head_constant"]
+)
 def test_simplest_example_is_small(name: str) -> None:
     quick = settings(max_examples=20, phases=[Phase.generate, Phase.shrink], derandomize=True)
     net = find(nets(require={name}), lambda net: True, settings=quick)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import fxprune
 from fxprune import TraceError
 from fxprune.graph import op_name
 from fxprune.hints import to_meta
@@ -396,3 +397,25 @@ def test_tracing_runs_nothing_for_real():
         if isinstance(v, Tensor)
     )
     assert to_meta(3) == 3
+
+
+class Caching(nn.Module):
+    """Keeps what it computes in a dict of its own, as layers with a cache of biases do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.cache, self.seen = {}, [[]]
+
+    def forward(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.conv(x).mean()
+        self.seen[0].append(x)
+        return self.conv(x) + self.cache["bias"]
+
+
+def test_a_cache_that_forward_fills_is_given_back_empty():
+    net = Caching().eval()
+    fxprune.analyze(net, torch.randn(1, 3, 4, 4))
+    assert net.cache == {}
+    assert net.seen == [[]]

@@ -202,7 +202,7 @@ def functional_contraction(flow: Flow, node: Node) -> Value:
     last = 0 if name == "linear" else int(name[-2])
     axis = len(x.shape) - last - 1
     groups = int(constant(args.get("groups", 1)))
-    direct = [_whole_parameter(flow, args[key]) for key in ("weight", "bias")]
+    direct = [whole_parameter(flow, args[key]) for key in ("weight", "bias")]
     if direct[0] and (bias is None or direct[1]):
         w = Weight(direct[0], weight.shape, direct[1], groups, transposed)
         return contract(flow, node, x, w, axis)
@@ -214,8 +214,39 @@ def functional_contraction(flow: Flow, node: Node) -> Value:
     return contract_by(flow, node, x, weight, bias, axis)
 
 
-def _whole_parameter(flow: Flow, node: object) -> str | None:
+def whole_parameter(flow: Flow, node: object) -> str | None:
     """The name of the parameter that a node reads as it is."""
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
     return flow.ledger.tensors.name(flow.traced.attribute(node))
+
+
+@rule(
+    "timm.layers.std_conv.StdConv2d",
+    "timm.layers.std_conv.StdConv2dSame",
+    "timm.layers.std_conv.ScaledStdConv2d",
+    "timm.layers.std_conv.ScaledStdConv2dSame",
+)
+def standardised_convolution(flow: Flow, node: Node) -> Value:
+    """A convolution whose weight is standardised over its inputs: these stay, its outputs may go."""
+    module = flow.traced.module(node)
+    x, out = flow.first(node), value_of(node)
+    name, ledger = flow.ledger.tensors.name, flow.ledger
+    why = f"the weight of `{node.target}` is standardised over its inputs"
+    ledger.freeze(x.ids, node, why)
+    known = ledger.slots.get((name(module.weight) or "", 0))  # type: ignore[arg-type]
+    rows = known.ids if known else ledger.fresh(out.shape[1])
+    rows = ledger.slot(name(module.weight), 0, "out", rows, node, producer=True)  # type: ignore[arg-type]
+    for own in ("bias", "gain"):
+        t = module._parameters.get(own)
+        if t is not None:
+            ledger.slot(name(t), 0, "out", rows, node)
+    groups = int(module.groups)  # type: ignore[arg-type]
+    if groups > 1:
+        ledger.couple_along(rows.view(groups, -1), [0], node, "of a grouped convolution")
+    weight = module._parameters["weight"]
+    assert weight is not None
+    per_row = weight[0].numel() * out.numel() / out.shape[1] / flow.traced.batch
+    ledger.macs.append(MacTerm(node.name, per_row, (rows,)))
+    shape = [-1 if d == 1 else 1 for d in range(len(out.shape))]
+    return Label(tuple(out.shape), rows.view(shape))

@@ -11,9 +11,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxprune.flow import RULES, Flow, Value, opaque, rule, rule_where
-from fxprune.graph import function_name, op_name, value_of
+from fxprune.graph import op_name, value_of
 from fxprune.labels import Label, Part, uncut
-from fxprune.modes import ModeCall
 
 _POINTWISE = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
@@ -69,7 +68,8 @@ def join(flow: Flow, node: Node, labels: Sequence[Label], shape: tuple[int, ...]
     varying = sorted({d for label in aligned for d in label.varying})
     if not varying:
         return _constant(flow, node, aligned, shape)
-    aligned = [flow.bind(node, label, [d for d in varying if label.shape[d] > 1]) for label in aligned]  # fmt: skip
+    joint = max((label.varying for label in aligned), key=len)
+    aligned = [_bound(flow, node, label, varying, joint) for label in aligned]
     first = max(range(len(aligned)), key=lambda i: aligned[i].ids.numel())
     leader = aligned[first]
     ids = leader.ids
@@ -77,6 +77,23 @@ def join(flow: Flow, node: Node, labels: Sequence[Label], shape: tuple[int, ...]
         if i != first:  # guard: elementwise -> tests/test_groups.py -k residual
             ids = _meet(flow, node, ids, leader, other)
     return Label(shape, ids)
+
+
+def _bound(
+    flow: Flow, node: Node, label: Label, varying: Sequence[int], joint: Sequence[int]
+) -> Label:
+    """A parameter's ids where it meets channels.
+
+    joint: the axes (heads, dimensions) along which channels vary together. What serves all heads
+    alike is left whole, so that they can be cut whole; or is cut, where they lose dimensions.
+    """
+    axes = [d for d in varying if label.shape[d] > 1]
+    if label.parts and len(joint) > 1:
+        if flow.ledger.by_head_dims:
+            axes = [d for d in axes if d != joint[0]]
+        elif joint[0] not in axes:
+            axes = []
+    return flow.bind(node, label, axes)
 
 
 def _meet(flow: Flow, node: Node, ids: Tensor, leader: Label, other: Label) -> Tensor:
@@ -145,17 +162,8 @@ for _kind in (
     RULES[_kind] = elementwise
 
 
-@rule(ModeCall)
-def mode_call(flow: Flow, node: Node) -> Value:
-    """A function that an earlier trace made into a module, since its arguments follow the mode."""
-    module = flow.traced.module(node)
-    assert isinstance(module, ModeCall)
-    name = function_name(module.function)
-    if name in ("batch_norm", "instance_norm"):
-        return RULES[name](flow, node)
-    if is_pointwise(name):
-        return elementwise(flow, node)
-    return opaque(flow, node, f"`{name}` differs between the modes")
-
-
-rule("torchvision.ops.stochastic_depth.StochasticDepth")(elementwise)
+rule(
+    "torchvision.ops.stochastic_depth.StochasticDepth",
+    "timm.layers.drop.DropPath",
+    "timm.layers.drop.DropBlock2d",
+)(elementwise)

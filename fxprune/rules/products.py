@@ -193,7 +193,7 @@ def _meet(
     labels = [
         Label(
             tuple(x.label.shape[x.letters.index(c)] for c in batch),
-            x.ids(batch) if x.varies(batch) else uncut(batch).ids,
+            x.ids(batch) if x.varies(batch) else uncut([1] * len(batch)).ids,
         )
         for x in (a, b)
     ]
@@ -237,7 +237,7 @@ def _zeroed(flow: Flow, x: Operand) -> list[Slot] | None:
 def _one_kind(flow: Flow, node: Node, kinds: Sequence[Tensor], result: str) -> Tensor:
     """The ids that pass into the result: the kind with most of them; the others stay."""
     if not kinds:
-        return uncut(result).ids
+        return uncut([1] * len(result)).ids
     first = max(kinds, key=lambda t: t.numel())
     for other in kinds:
         if other is not first:

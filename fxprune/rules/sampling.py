@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from fxprune.flow import Flow, Value, opaque, rule
 from fxprune.graph import arguments, constant, first_argument, op_name, value_of
 from fxprune.labels import Label, compact
-from fxprune.rules.contraction import channel_ids
+from fxprune.rules.contraction import Weight, channel_ids, contract, whole_parameter
 from fxprune.rules.elementwise import join
 
 
@@ -51,6 +53,36 @@ def sample(flow: Flow, node: Node) -> Value:
     others = [d for d in range(len(x.shape)) if d != 1]
     why = f"`{_name(flow, node)}` mixes positions of channels"
     return Label(tuple(out.shape), flow.ledger.complete(x, others, node, why).ids)
+
+
+@rule("deform_conv2d")
+def deformable(flow: Flow, node: Node) -> Value:
+    """A convolution that looks where `offset` says: offsets and masks may not be cut.
+
+    torch's counter of operations does not know it, so it costs nothing here either.
+    """
+    order = ["input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask"]
+    if not isinstance(node.target, FunctionType):  # the operator in which the function ends
+        order = ["input", "weight", "offset", "mask", "bias"]
+    args = arguments(node, *order)
+    x, weight, offset = (flow.of(args[key]) for key in ("input", "weight", "offset"))
+    name, bias = (whole_parameter(flow, args[key]) for key in ("weight", "bias"))
+    if x is None or weight is None or offset is None or name is None:
+        return opaque(flow, node, "the weight of this `deform_conv2d` is no parameter")
+    for label in (offset, flow.of(args["mask"])):
+        if label is not None:
+            flow.ledger.freeze(label.ids, node, "places for `deform_conv2d`")
+    several = offset.shape[1] > 2 * weight.shape[2] * weight.shape[3]
+    if several or x.shape[1] > weight.shape[1]:
+        return opaque(flow, node, "a `deform_conv2d` of several groups")
+    before = len(flow.ledger.macs)
+    x = flow.ledger.complete(x, [0, 2, 3], node, "`deform_conv2d` mixes positions of channels")
+    made = contract(flow, node, x, Weight(name, weight.shape, bias), 1)
+    del flow.ledger.macs[before:]
+    added = flow.of(args["bias"])
+    if bias is None and added is not None:  # zeros of a size
+        flow.ledger.couple(flow.bind(node, added, [0]).ids, made.ids.flatten(), node)
+    return made
 
 
 @rule("unfold", nn.Unfold)
