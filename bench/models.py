@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import json
 import re
 import sys
 import time
@@ -41,8 +40,8 @@ from subjects import (
     LIBRARIES,
     KeptNorms,
     Subject,
-    alone,
     build,
+    forked,
     names,
     said,
     total,
@@ -106,7 +105,7 @@ def measure(library: str, name: str, asked: str) -> Row:
         return row | {"status": "wrong", "error": "differs from the masked original at batch 2"}
     if not float(row["change"]) > 1e-6:
         return row | {"status": "wrong", "error": "the cut is not felt at the output"}
-    for step in (put_back, exports, trains):
+    for step in (put_back, exports, trains) if kind == "macs" else (put_back,):
         try:
             step(subject, pruned)
         except Exception as error:
@@ -245,15 +244,16 @@ def jobs(library: str) -> list[tuple[str, str, str]]:
     found = []
     for name in names(library):
         found.append((library, name, "macs=0.5"))
-        if library == "torchvision" and AT_RATIOS.match(name):
-            found += [(library, name, f"ratio={ratio}") for ratio in RATIOS]
+    if library == "torchvision":
+        ratios = [name for name in names(library) if AT_RATIOS.match(name)]
+        found += [(library, name, f"ratio={ratio}") for name in ratios for ratio in RATIOS]
     return found
 
 
 def apart(job: tuple[str, str, str], limit: float, gigabytes: float) -> Row:
     """The row of one job, measured in a process of its own."""
     row = dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, job, strict=False))
-    made, failure = alone([__file__, "--one", *job], limit, gigabytes)
+    made, failure = forked(lambda: measure(*job), limit, gigabytes)
     return row | (made or {"status": "no result", "error": without_paths(failure)})
 
 
@@ -459,13 +459,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=900, help="seconds for one network")
     parser.add_argument("--memory", type=float, default=16, help="GiB for one network")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if options.one:
-        print(json.dumps(measure(*options.one)))
-        return 0
     if options.table:
         DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(document(read(options.out)))

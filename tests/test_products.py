@@ -221,7 +221,10 @@ class Written(nn.Module):
 
     def __init__(self, view):
         super().__init__()
-        self.space, self.time = nn.Parameter(torch.zeros(TOKENS, DIM)), nn.Parameter(torch.zeros(DIM))
+        self.space, self.time = (
+            nn.Parameter(torch.zeros(TOKENS, DIM)),
+            nn.Parameter(torch.zeros(DIM)),
+        )
         self.first, self.last = nn.Linear(DIM, DIM), nn.Linear(DIM, 2)
         self.view = view
 
