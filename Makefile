@@ -73,4 +73,7 @@ wheel-test: setup
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python bench/analyze.py
 	$(BIN)/python bench/latency.py
+	$(BIN)/python bench/peers.py
+	$(BIN)/python bench/models.py
+	$(BIN)/python bench/models.py --table
 	$(BIN)/python bench/table.py

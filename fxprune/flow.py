@@ -204,11 +204,13 @@ def _write_back(flow: Flow, node: Node) -> None:
     made, before = flow.labels[node], flow.labels.get(written) if isinstance(written, Node) else None  # fmt: skip
     if not _in_place(node) or not isinstance(made, Label) or not isinstance(before, Label):
         return
-    if not (made.parts or before.parts) or made.shape != before.shape:
+    held = {part.key for part in before.parts}
+    new = [part for part in made.parts if part.key not in held]
+    if not new or made.shape != before.shape:
         return
     flow.labels[written] = made
     if op_name(written) in _VIEWS:  # guard: written view -> tests/test_products.py -k written
-        for part in (*made.parts, *before.parts):
+        for part in made.parts:
             why = f"`{part.tensor}` is written into a part of another tensor"
             flow.ledger.pinned.setdefault(part.key, (node, why))
 

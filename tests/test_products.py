@@ -287,6 +287,31 @@ def test_torchs_attention_loses_whole_heads(cross):
     assert found["inner"][0] == "embedding"
 
 
+class Queries(nn.Module):
+    """Learned queries in a residual stream, read by a norm and a linear before anything meets them."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(1, 4, DIM))
+        self.norm, self.q = nn.LayerNorm(DIM), nn.Linear(DIM, DIM)
+        self.kv, self.proj, self.fc = nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, 2)
+
+    def forward(self, x):
+        def heads(t):
+            return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+        k, v = self.kv(x).chunk(2, -1)
+        q = self.q(self.norm(self.queries)).expand(x.shape[0], -1, -1)
+        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
+        return self.fc(self.queries + self.proj(y.transpose(1, 2).flatten(2)))
+
+
+def test_learned_queries_are_part_of_their_stream():
+    found = check(Queries())
+    assert kinds(found)["proj"] == ("mlp", DIM)
+    assert "queries" in found.group("proj").members
+
+
 class Experts(nn.Module):
     """Stacked weights: every head of a token stream has a map of its own."""
 

@@ -35,7 +35,7 @@ class Sequence(nn.Module):
         {"batch_first": True, "num_layers": 2},
         {"bidirectional": True, "num_layers": 2},
         {"bias": False},
-    ],  # fmt: skip
+    ],
     ids=["one", "two", "both ways", "no bias"],
 )
 def test_hidden_units_and_inputs_go(kind, options):

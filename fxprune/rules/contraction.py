@@ -16,6 +16,7 @@ from fxprune.labels import Label, Ledger, MacTerm
 def channel_ids(flow: Flow, node: Node, x: Label, axis: int) -> Tensor:
     """One id per index of `axis`, int64 [x.shape[axis]]; ids along other axes are coupled to it."""
     axis %= len(x.shape)
+    x = flow.bind(node, x, [axis])
     ids = flow.ledger.couple_along(
         x.ids, [d for d in x.varying if d != axis], node, "part of its channels cannot be cut"
     )

@@ -110,6 +110,7 @@ def normalise(flow: Flow, node: Node, x: Label, norm: Norm) -> Label:
 
     Where ids also vary along other axes (heads), whole indices of those are cut.
     """
+    x = flow.bind(node, x, norm.axes)
     ledger = flow.ledger
     x = _without_positions(ledger, node, x, norm)
     inside = [d for d in x.varying if d in norm.axes]
