@@ -12,15 +12,18 @@ Departs:  train mode is the graph of eval mode. Arguments that differ between th
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -35,7 +38,16 @@ from fxprune.graph import HOOKS, Tensors, op_name
 from fxprune.hints import Hints, first_line
 from fxprune.lifting import Hole, LayerCall, lift
 from fxprune.modes import Flags, Modes, compare_modes
-from fxprune.symbolic import Capture, FxTracer, _failing_line, at_once, set_mode, unmarked
+from fxprune.symbolic import (
+    FXPRUNE_HOME,
+    TORCH_HOME,
+    Capture,
+    FxTracer,
+    _failing_line,
+    at_once,
+    set_mode,
+    unmarked,
+)
 from fxprune.trace import Traced
 
 
@@ -94,7 +106,12 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Capture,
         if free.inputs is not example_inputs and 0 not in {axis for axis, _ in open_axes}:
             continue  # made for a batch of two, which is not the example's
         found.hints = Hints(model, example_inputs, constants=found.constants)
-        found.hints.of(next(iter(reversed(found.graph.nodes))))
+        try:
+            found.hints.of(next(iter(reversed(found.graph.nodes))))
+        except TraceError:
+            if free.inputs is example_inputs:
+                raise
+            continue  # what two samples decide does not hold for the example's one
         found.notes.append(_about_sizes(example_inputs, open_axes))
         found.notes += _defaults_kept(model, len(example_inputs))
         return found, free
@@ -175,11 +192,12 @@ def _export(
         unmarked(model, noise=False),
         _layers_whole(model) as calls,
         _effort_bounded(),
+        _decided_for_many() as decided,
         _quiet(),
         torch.enable_grad(),
     ):
         program = torch.export.export(model, free.inputs, dynamic_shapes=free.shapes, strict=False)
-    lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls)
+    lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls, decided)
     notes = list(dict.fromkeys(lifted.notes))
     return Capture(lifted.graph, lifted.constants, notes), _axes(program)
 
@@ -214,14 +232,14 @@ def _is_symbol(size: int | torch.SymInt) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No fused encoder layers; and torch.export tells of its retries on warnings and loggers."""
+    """No fused encoder layers; and torch.export tells of its retries on warnings, loggers, stderr."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -257,6 +275,30 @@ def _effort_bounded() -> Iterator[None]:
         yield
     finally:
         ShapeEnv.simplify = simplify  # type: ignore[assignment,method-assign]
+
+
+@contextmanager
+def _decided_for_many() -> Iterator[list[Any]]:
+    """Facts of sympy: the free sizes that are not 1, since the user's code would go another way.
+
+    torch.export takes every free size for at least 2, and writes down nothing where that decides.
+    """
+    decide = torch.SymBool.__bool__
+    facts: list[Any] = []
+
+    def noted(self: torch.SymBool) -> bool:
+        expr, value = self.node.expr, decide(self)
+        if not sys._getframe(1).f_code.co_filename.startswith((TORCH_HOME, FXPRUNE_HOME)):
+            for symbol in expr.free_symbols:
+                if expr.xreplace({symbol: sympy.Integer(1)}) == sympy.sympify(not value):
+                    facts.append(sympy.Ne(symbol, 1))
+        return value
+
+    torch.SymBool.__bool__ = noted  # type: ignore[method-assign]
+    try:
+        yield facts
+    finally:
+        torch.SymBool.__bool__ = decide  # type: ignore[method-assign]
 
 
 # Layers stay whole: while a model is exported, each calls one operation that stands for it.

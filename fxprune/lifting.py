@@ -2,7 +2,8 @@
 
 Promises: every node computes what it did, bit for bit; layers are one call_module node each;
           parameters and buffers are read under the model's own names; sizes stay sizes; device
-          arguments that name the device of the input follow the input.
+          arguments that name the device of the input follow the input. Sizes that the export took
+          for granted are asserted first: an input of other sizes is refused, not computed wrongly.
 Refuses:  contexts of autocast, control flow of torch (cond, scan, ...), results that are no plain
           containers. An operation without a translation stays as it is: the analysis freezes there.
 """
@@ -16,20 +17,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxprune.errors import TraceError
 from fxprune.graph import get_path
 from fxprune.symbolic import FXPRUNE_HOME, TORCH_HOME
 
+_REFUSAL = (
+    "the model was exported for other sizes, compile it for an input of this size; now it holds where "
+)
 END = 2**63 - 1  # aten writes an open end of a slice like this
 
 
@@ -70,13 +77,15 @@ def lift(
     arguments: Sequence[tuple[str, Any]],
     layer: OpOverload,
     calls: Mapping[str, LayerCall],
+    decided: Sequence[Any] = (),
 ) -> Lifted:
     """Translate an exported program of `model`.
 
     arguments: name and example of each argument of forward. layer: the operation that stands for a
-    call of a layer; `calls` says by its first argument of which. Raises TraceError.
+    call of a layer; `calls` says by its first argument of which. decided: truths about sizes (of
+    sympy) that hold beside those that the export wrote down. Raises TraceError.
     """
-    return _Lifter(program, model, layer, calls).run(arguments)
+    return _Lifter(program, model, layer, calls).run(arguments, decided)
 
 
 class _Lifter:
@@ -95,9 +104,10 @@ class _Lifter:
         self.where = ""
         self.pure: set[Node] = set()  # nodes that change nothing
 
-    def run(self, arguments: Sequence[tuple[str, Any]]) -> Lifted:
-        """The whole program: inputs, operations, results."""
+    def run(self, arguments: Sequence[tuple[str, Any]], decided: Sequence[Any]) -> Lifted:
+        """The whole program: inputs, what must hold for their sizes, operations, results."""
         env = self._inputs(arguments)
+        self._assert_sizes(env, decided)
         results = self._body(self.program.graph_module, env)
         self._results(results)
         self._drop_unread()
@@ -140,6 +150,36 @@ class _Lifter:
                     )
         else:
             yield from pytree.tree_leaves(value)
+
+    def _assert_sizes(self, env: Mapping[Node, Any], decided: Sequence[Any]) -> None:
+        """Fixed sizes, equal sizes, and whatever Python decided by sizes."""
+        known: dict[Any, Proxy] = {}  # symbol -> the size of an input
+        shape_env = None
+        for node, given in env.items():
+            value = node.meta.get("val")
+            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+                if isinstance(expr, sympy.Symbol) and expr not in known:
+                    known[expr], shape_env = self._size(given, axis), size.node.shape_env  # type: ignore[union-attr]
+                else:  # guard: fixed sizes -> tests/test_reader_front_ends.py -k export
+                    self._assert(sympy.Eq(sympy.Symbol("size"), expr, evaluate=False), {**known, sympy.Symbol("size"): self._size(given, axis)})  # fmt: skip
+        if shape_env is not None:
+            facts = [*(guard.expr for guard in shape_env.guards), *decided]
+            for fact in dict.fromkeys(map(shape_env.replace, facts)):
+                if fact != sympy.true:  # guard: decisions -> tests/test_reader_front_ends.py -k export
+                    self._assert(fact, known)
+
+    def _size(self, given: Node, axis: int) -> Proxy:
+        return Proxy(self._new("call_method", "size", (given, axis)))
+
+    def _assert(self, fact: Any, known: Mapping[Any, Proxy]) -> None:
+        """A node that raises unless `fact` holds for the sizes `known`."""
+        names = {
+            symbol: sympy.Symbol(f"{size.node.args[0]}.size({size.node.args[1]})")
+            for symbol, size in known.items()
+        }
+        holds = sympy_interp(PythonReferenceAnalysis, dict(known), fact)
+        self._new("call_function", torch._assert, (holds.node, _REFUSAL + str(fact.xreplace(names))))
 
     def _constant(self, name: str) -> str:
         """A tensor that is an attribute of the model, or one that forward made."""

@@ -423,39 +423,45 @@ def unmarked(model: nn.Module, *, noise: bool = True) -> Iterator[None]:
 
     noise: whether random numbers start again, too.
     """
+    modules = list(model.modules())
     before = [
-        (
-            m.__dict__,
-            dict(m.__dict__),
-            [(d, dict(d)) for d in (m._parameters, m._buffers, m._modules)],
-        )
-        for m in model.modules()
+        (held, held.copy())
+        for m in modules
+        for held in (m.__dict__, m._parameters, m._buffers, m._modules)
     ]
-    caches = [found for m in model.modules() for v in vars(m).values() for found in _containers(v)]
+    caches = [
+        found
+        for m in modules
+        for name, v in m.__dict__.items()
+        if type(v) in _CACHES and name not in _STORES
+        for found in _containers(v)
+    ]
     state = torch.get_rng_state()
     try:
         yield
     finally:
         if noise:
             torch.set_rng_state(state)
-        for attributes, saved, stores in before:
-            for store, kept in [(attributes, saved), *stores]:
-                if store.keys() != kept.keys() or any(store[k] is not v for k, v in kept.items()):
-                    store.clear()
-                    store.update(kept)
+        for store, kept in before:
+            if store.keys() != kept.keys() or any(store[k] is not v for k, v in kept.items()):
+                store.clear()
+                store.update(kept)
         for cache, held in caches:  # guard: caches -> tests/test_tracing_hints.py -k cache
             if len(cache) != len(held) or any(a is not b for a, b in zip(_items(cache), _items(held), strict=True)):  # fmt: skip
                 cache.clear()
                 cache.extend(held) if isinstance(cache, list) else cache.update(held)
 
 
+_CACHES = (dict, list, set)
+_STORES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
 def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
     """The dicts, lists and sets that an attribute holds, each with a copy of what is in it."""
-    if type(value) not in (dict, list, set) or not depth:
-        return
-    yield value, value.copy()
-    for inner in value.values() if isinstance(value, dict) else value:
-        yield from _containers(inner, depth - 1)
+    if type(value) in _CACHES and depth:
+        yield value, value.copy()
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _containers(inner, depth - 1)
 
 
 def _items(cache: Any) -> list[Any]:

@@ -216,8 +216,8 @@ def _contract(flow: Flow, node: Node, a: Operand, b: Operand, letters: str) -> T
         return None
     why = "it is summed with channels that cannot be cut"
     flow.ledger.couple(ids[0], ids[1], node, why)
-    slots = _zeroed(flow, a)
-    slots = _zeroed(flow, b) if slots is None else slots
+    slots = _zeroed(flow, node, a)
+    slots = _zeroed(flow, node, b) if slots is None else slots
     if slots is None:  # guard: zero stays zero -> tests/test_products.py -k zero
         why = "its cut terms would not be zero in the masked network"
         flow.ledger.freeze(torch.cat([i.flatten() for i in ids]), node, why)
@@ -227,9 +227,9 @@ def _contract(flow: Flow, node: Node, a: Operand, b: Operand, letters: str) -> T
     return ids[0] if ids[0].numel() >= ids[1].numel() else ids[1]
 
 
-def _zeroed(flow: Flow, x: Operand) -> list[Slot] | None:
+def _zeroed(flow: Flow, node: Node, x: Operand) -> list[Slot] | None:
     """What to zero besides, for cut entries of a factor to be zero: nothing of a weight."""
-    slots = zeroed_at(flow, x.node)
+    slots = zeroed_at(flow, x.node, node)
     label = flow.of(x.node)
     return [] if slots is not None and label is not None and label.parts else slots
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxprune.flow import Flow, leaves
-from fxprune.graph import arguments, constant, first_argument, op_name
+from fxprune.graph import arguments, constant, first_argument, op_name, writers
 from fxprune.labels import Slot
 from fxprune.rules.norms import zeroable
 
@@ -39,45 +39,107 @@ KEEP_ZERO = (
 )  # fmt: skip
 
 
-def zeroed_at(flow: Flow, node: Any) -> list[Slot] | None:
-    """The slots whose cut entries, set to zero, make those of a node zero; None where none do."""
+_INFINITE = {"div", "rsqrt", "reciprocal", "pow", "log", "log2", "log10"}  # at zero, or not a number
+
+
+def zeroed_at(flow: Flow, node: Any, reader: Node | None = None) -> list[Slot] | None:
+    """The slots whose cut entries, set to zero, make those of a node zero; None where none do.
+
+    reader: the node that reads it; what is written into it in place before that counts, too.
+    """
     if not isinstance(node, Node):
         return None
+    for writer in writers(node, reader):
+        if not _keeps_zero(flow, writer):  # guard: written -> tests/test_reader_core.py -k written
+            return None
     if node.op == "get_attr":
         name = flow.ledger.tensors.name(flow.traced.attribute(node))
         return [s for s in flow.ledger.slots.values() if s.tensor == name]
     if node.op == "call_module":
         return _of_module(flow, node)
     name = op_name(node)
-    if name in ("mul", "multiply"):
-        found = (zeroed_at(flow, n) for n in node.all_input_nodes if _has_channels(flow, n))
-        return next((slots for slots in found if slots is not None), None)
+    if name == "mul":
+        return _of_product(flow, node)
     if name in ("add", "sub", "cat", "stack"):
         return _all_of(flow, node)
     if name == "linear" or name.startswith("conv"):
         args = arguments(node, "input", "weight", "bias")
-        return _made_by(flow, args["weight"], args["bias"])
+        return _made_by(flow, args["weight"], args["bias"], "transpose" in name)
     if name in ("layer_norm", "group_norm", "rms_norm", "batch_norm"):
         return _normalised(flow, node)
-    if name == "pad" and constant(arguments(node, "input", "pad", "mode", "value")["value"]):
-        return None
-    return zeroed_at(flow, first_argument(node)) if name in KEEPS_ZERO else None
+    return zeroed_at(flow, first_argument(node), node) if _keeps_zero(flow, node) else None
+
+
+def _keeps_zero(flow: Flow, node: Node) -> bool:
+    """Whether an operation on one tensor gives zero where that is zero."""
+    name = op_name(node)
+    if node.op == "call_module":
+        return isinstance(flow.traced.module(node), KEEP_ZERO)
+    if name == "mul":
+        return True
+    if name == "pad":
+        return not constant(arguments(node, "input", "pad", "mode", "value")["value"])
+    if name == "hardtanh":
+        args = arguments(node, "input", "min_val", "max_val")
+        return args.get("min_val", -1) <= 0 <= args.get("max_val", 1)
+    if name == "div":
+        divisor = flow.of(arguments(node, "input", "other")["other"])
+        return divisor is None or divisor.uncut
+    return name in KEEPS_ZERO
 
 
 def _has_channels(flow: Flow, node: Node) -> bool:
     return any(not label.uncut or label.parts for label in leaves(flow.labels.get(node)))
 
 
+def _of_product(flow: Flow, node: Node) -> list[Slot] | None:
+    """A product is zero where a factor is, if all others are finite there."""
+    factors = [n for n in node.all_input_nodes if _has_channels(flow, n)]
+    for n in factors:
+        slots = _scale(flow, node, n) if _made_of_parameters(flow, n) else zeroed_at(flow, n, node)
+        if slots is not None and not any(_infinite(flow, other) for other in factors if other is not n):
+            return slots
+    return None
+
+
+def _made_of_parameters(flow: Flow, node: Node) -> bool:
+    label = flow.of(node)
+    return label is not None and bool(label.parts)
+
+
+def _scale(flow: Flow, node: Node, factor: Node) -> list[Slot] | None:
+    """A factor made of parameters: the dimensions that have the channels of this product."""
+    label, ledger = flow.of(factor), flow.ledger
+    keys = {p.key for p in label.parts} if label is not None else set()
+    keys = {key for key in keys if (*key, node) in ledger.claimed}
+    saved = flow.traced.model.state_dict().keys()
+    known = all(key in ledger.slots and key[0] in saved for key in keys)
+    usable = bool(keys) and known  # guard: scales -> tests/test_reader_core.py -k scale
+    return [ledger.slots[key] for key in sorted(keys)] if usable and zeroed_at(flow, factor, node) is not None else None  # fmt: skip
+
+
+def _infinite(flow: Flow, node: Any) -> bool:
+    """Whether a factor may be infinite where what it is computed of is zero."""
+    while isinstance(node, Node) and node.op.startswith("call_") and _has_channels(flow, node):
+        if op_name(node) in _INFINITE:
+            return True
+        if op_name(node) in ("matmul", "linear", "add") or node.op == "call_module":
+            return False
+        node = first_argument(node)
+    return False
+
+
 def _all_of(flow: Flow, node: Node) -> list[Slot] | None:
     """A sum or concatenation is zero where all of its tensors are; numbers added are not."""
-    given = pytree.tree_leaves(node.args[:2])
     sums = op_name(node) in ("add", "sub")
-    if sums and any(not isinstance(v, Node) for v in given):
+    args = arguments(node, "input", "other") if sums else arguments(node, "tensors")
+    given = [args["input"], args["other"]] if sums else pytree.tree_leaves(args["tensors"])
+    if any(not isinstance(v, Node) for v in given):
         return None
     slots: list[Slot] = []
     for n in given:
-        if isinstance(n, Node) and (sums or _has_channels(flow, n)):
-            own = zeroed_at(flow, n)
+        if sums or _has_channels(flow, n):
+            own = zeroed_at(flow, n, node)
             if own is None:
                 return None
             slots += own
@@ -94,7 +156,7 @@ def _of_module(flow: Flow, node: Node) -> list[Slot] | None:
         return _slots_at(slots, [(weight, dim), (bias, 0)])
     if zeroable(module):
         return _slots_at(slots, [(weight, 0), (bias, 0)])
-    return zeroed_at(flow, first_argument(node)) if isinstance(module, KEEP_ZERO) else None
+    return zeroed_at(flow, first_argument(node), node) if _keeps_zero(flow, node) else None
 
 
 def _slots_at(
@@ -109,14 +171,14 @@ def _slots_at(
     return [slots[weight, dim], *([slots[bias, 0]] if bias else [])]
 
 
-def _made_by(flow: Flow, weight: Any, bias: Any) -> list[Slot] | None:
+def _made_by(flow: Flow, weight: Any, bias: Any, transposed: bool = False) -> list[Slot] | None:
     """A functional layer whose weight (and bias) are parameters."""
     names: list[str | None] = []
     for n in (weight, bias):
         if n is not None and not (isinstance(n, Node) and n.op == "get_attr"):
             return None
         names.append(None if n is None else flow.ledger.tensors.name(flow.traced.attribute(n)))
-    return _slots_at(flow.ledger.slots, [(names[0], 0), (names[1], 0)])
+    return _slots_at(flow.ledger.slots, [(names[0], int(transposed)), (names[1], 0)])
 
 
 def _normalised(flow: Flow, node: Node) -> list[Slot] | None:
