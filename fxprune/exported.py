@@ -19,11 +19,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -39,7 +38,6 @@ from fxprune.hints import Hints, first_line
 from fxprune.lifting import Hole, LayerCall, lift
 from fxprune.modes import Flags, Modes, compare_modes
 from fxprune.symbolic import (
-    FXPRUNE_HOME,
     TORCH_HOME,
     Capture,
     FxTracer,
@@ -192,12 +190,13 @@ def _export(
         unmarked(model, noise=False),
         _layers_whole(model) as calls,
         _effort_bounded(),
-        _decided_for_many() as decided,
+        _noting_decisions() as decisions,
         _quiet(),
         torch.enable_grad(),
     ):
         program = torch.export.export(model, free.inputs, dynamic_shapes=free.shapes, strict=False)
-    lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls, decided)
+    facts = decisions.facts(program)
+    lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls, facts)
     notes = list(dict.fromkeys(lifted.notes))
     return Capture(lifted.graph, lifted.constants, notes), _axes(program)
 
@@ -207,7 +206,8 @@ def _named(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, Any]]:
     given: list[tuple[str, Any]] = []
     for p in inspect.signature(model.forward).parameters.values():
         if p.kind is p.VAR_POSITIONAL:
-            return [*given, (f"*{p.name}", inputs[len(given) :])]
+            rest = inputs[len(given) :]
+            return [*given, (f"*{p.name}", rest)] if rest else given
         if len(given) < len(inputs):
             given.append((p.name, inputs[len(given)]))
     return given
@@ -277,26 +277,61 @@ def _effort_bounded() -> Iterator[None]:
         ShapeEnv.simplify = simplify  # type: ignore[assignment,method-assign]
 
 
-@contextmanager
-def _decided_for_many() -> Iterator[list[Any]]:
-    """Facts of sympy: the free sizes that are not 1, since the user's code would go another way.
+@dataclass
+class Decisions:
+    """What was decided by free sizes, so that the graph takes it for granted.
 
-    torch.export takes every free size for at least 2, and writes down nothing where that decides.
+    special: expressions of sympy by which the user's code goes another way for a size of 1;
+    torch.export takes every free size for at least 2, and writes nothing down where that decides.
+    layout: guards (by id) about strides, which say nothing about values.
     """
+
+    special: list[Any] = field(default_factory=list)
+    layout: set[int] = field(default_factory=set)
+
+    def facts(self, program: ExportedProgram) -> list[Any]:
+        """Everything that must hold for the sizes of an input."""
+        env = _shape_env(program)
+        guards = [] if env is None else env.guards
+        said = [g.expr for g in guards if id(g) not in self.layout and not _about_layout(g)]
+        return [*said, *self.special]
+
+
+def _shape_env(program: ExportedProgram) -> ShapeEnv | None:
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
+    sizes: list[Any] = [size for v in values if isinstance(v, Tensor) for size in v.shape]
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+
+
+def _about_layout(guard: Any) -> bool:
+    """Whether torch asked for strides when it made a guard."""
+    place = guard.sloc.framework_loc
+    file, name = getattr(place, "filename", ""), getattr(place, "name", "")
+    return file.startswith(TORCH_HOME + "_prims_common") and name != "infer_size"
+
+
+@contextmanager
+def _noting_decisions() -> Iterator[Decisions]:
     decide = torch.SymBool.__bool__
-    facts: list[Any] = []
+    found = Decisions()
 
     def noted(self: torch.SymBool) -> bool:
-        expr, value = self.node.expr, decide(self)
-        if not sys._getframe(1).f_code.co_filename.startswith((TORCH_HOME, FXPRUNE_HOME)):
-            for symbol in expr.free_symbols:
-                if expr.xreplace({symbol: sympy.Integer(1)}) == sympy.sympify(not value):
-                    facts.append(sympy.Ne(symbol, 1))
+        expr, guards = self.node.expr, self.node.shape_env.guards  # type: ignore[union-attr]
+        before = len(guards)
+        value = decide(self)
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == torch.__file__ and frame.f_back:  # SymInt.__bool__, ...
+            frame = frame.f_back
+        file = frame.f_code.co_filename
+        if file.startswith(TORCH_HOME) and not file.startswith(TORCH_HOME + "nn"):
+            found.layout.update(id(guard) for guard in guards[before:])
+        elif any(expr.subs(symbol, 1) == (not value) for symbol in expr.free_symbols):
+            found.special.append(expr if value else ~expr)
         return value
 
     torch.SymBool.__bool__ = noted  # type: ignore[method-assign]
     try:
-        yield facts
+        yield found
     finally:
         torch.SymBool.__bool__ = decide  # type: ignore[method-assign]
 

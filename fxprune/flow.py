@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxprune.graph import first_argument, op_name, own_key, value_of
+from fxprune.graph import first_argument, in_place, op_name, own_key, value_of
 from fxprune.labels import UNCUT, Label, Ledger, Part, uncut
 from fxprune.symbolic import LEAF_CLASSES, LEAVES
 from fxprune.trace import Traced, assertion
@@ -177,6 +177,7 @@ def flow_through(
     by_head_dims: attention loses the same dimensions of all heads, not whole heads.
     """
     ledger = Ledger(traced.tensors, whole_groups=dict(whole_groups), by_head_dims=by_head_dims)
+    ledger.saved = frozenset(traced.model.state_dict())
     flow = Flow(traced, ledger)
     for node in traced.graph.nodes:
         if node.op == "placeholder" or not flow.computed.isdisjoint(node.all_input_nodes):
@@ -202,7 +203,7 @@ def _write_back(flow: Flow, node: Node) -> None:
     """A tensor made of parameters that is changed in place is, from here on, what was written."""
     written = first_argument(node)
     made, before = flow.labels[node], flow.labels.get(written) if isinstance(written, Node) else None  # fmt: skip
-    if not _in_place(node) or not isinstance(made, Label) or not isinstance(before, Label):
+    if not in_place(node) or not isinstance(made, Label) or not isinstance(before, Label):
         return
     held = {part.key for part in before.parts}
     new = [part for part in made.parts if part.key not in held]
@@ -215,10 +216,42 @@ def _write_back(flow: Flow, node: Node) -> None:
             flow.ledger.pinned.setdefault(part.key, (node, why))
 
 
-def _in_place(node: Node) -> bool:
-    name = getattr(node.target, "__name__", str(node.target))
-    plain = name.endswith("_") and not name.endswith("__")
-    return node.op.startswith("call_") and (plain or name in ("iadd", "imul", "isub", "itruediv"))
+_SHARING = _VIEWS | {  # results that may share memory with the first argument
+    "contiguous", "to", "type_as", "float", "double", "split_with_sizes", "tensor_split", "unfold",
+    "dropout", "diagonal", "expand_as", "view_as", "reshape_as", "broadcast_to", "ravel", "getattr",
+}  # fmt: skip
+
+
+def writers(flow: Flow, node: Node, reader: Node | None = None) -> list[Node]:
+    """The calls that write into a tensor's memory after it is made (and before `reader` reads it)."""
+    root: Any = node
+    while isinstance(root, Node) and _shares(flow, root):
+        root = first_argument(root)
+    shared, found = [root] if isinstance(root, Node) else [], []
+    for alias in shared:
+        for user in alias.users:
+            if first_argument(user) is not alias or user in shared:
+                continue
+            if _writes(flow, user) and node < user and (reader is None or user < reader):
+                found.append(user)
+            if _shares(flow, user):
+                shared.append(user)
+    return found
+
+
+def _shares(flow: Flow, node: Node) -> bool:
+    if node.op == "call_module":
+        module = flow.traced.module(node)
+        kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+        return isinstance(module, kinds) or _writes(flow, node)
+    return node.op.startswith("call_") and (op_name(node) in _SHARING or in_place(node))
+
+
+def _writes(flow: Flow, node: Node) -> bool:
+    """Whether a call writes into its first argument."""
+    if node.op == "call_module":
+        return getattr(flow.traced.module(node), "inplace", False) is True
+    return in_place(node)
 
 
 def _pin_what_is_lost(flow: Flow, node: Node) -> None:

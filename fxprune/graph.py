@@ -126,12 +126,6 @@ def constant(arg: Any) -> Any:
     return torch.fx.node.map_arg(arg, value_of)
 
 
-_SHARING = {  # operations whose result may share memory with their first argument
-    "view", "reshape", "flatten", "unflatten", "getitem", "select", "narrow", "transpose", "permute",
-    "movedim", "t", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind", "detach",
-    "contiguous", "to", "type_as", "float", "double", "split_with_sizes", "tensor_split", "unfold",
-    "dropout", "diagonal", "expand_as", "view_as", "reshape_as", "broadcast_to", "ravel", "getattr",
-}  # fmt: skip
 _PYTHONS_OWN = ("iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "setitem")
 
 
@@ -141,27 +135,6 @@ def in_place(node: Node) -> bool:
     plain = name.endswith("_") and not name.endswith("__")
     option = node.kwargs.get("inplace") is True
     return node.op.startswith("call_") and (plain or option or name in _PYTHONS_OWN)
-
-
-def writers(node: Node, reader: Node | None) -> list[Node]:
-    """The calls that write into the memory of a tensor after it is made, and before it is read."""
-    root: Any = node
-    while isinstance(root, Node) and _shares(root) and isinstance(first_argument(root), Node):
-        root = first_argument(root)
-    shared, found = [root], []
-    for alias in shared:
-        for user in alias.users:
-            if first_argument(user) is not alias:
-                continue
-            if in_place(user) and node < user and (reader is None or user < reader):
-                found.append(user)
-            if (_shares(user) or in_place(user)) and user not in shared:
-                shared.append(user)
-    return found
-
-
-def _shares(node: Node) -> bool:
-    return node.op.startswith("call_") and (op_name(node) in _SHARING or in_place(node))
 
 
 def place(node: Node) -> str:

@@ -229,6 +229,14 @@ def analyze_traced(
     cut as it was. by_head_dims: by dimensions of all its heads, not by whole heads.
     """
     if lineage is not None:
+        late = by_head_dims and not lineage.by_head_dims
+        if late:  # guard: one way -> tests/test_reader_core.py -k heads
+            raise PlanError(
+                "the network was cut by whole heads before, so it cannot be cut by head-dims now",
+                where="scope",
+                why="one plan cuts attention in one way",
+                fix='start from the original with scope="head-dims", or use scope="heads"',
+            )
         by_head_dims = lineage.by_head_dims
     flow = flow_through(traced, lineage.whole_groups if lineage else {}, by_head_dims)
     if lineage is not None:  # guard: cuts compose -> tests/test_groups.py -k later_cuts

@@ -166,6 +166,7 @@ class Ledger:
         default_factory=dict
     )  # last node -> those before
     loose: set[Node] = field(default_factory=set)  # nodes that need be no rectangle: of a shuffle
+    saved: frozenset[str] | None = None  # tensors that a plan can name; None: all
 
     def fresh(self, count: int) -> Tensor:
         """New ids, int64 [count]."""
@@ -215,8 +216,12 @@ class Ledger:
 
     def complete(self, label: Label, axes: Sequence[int], node: Node, why: str) -> Label:
         """No part of `axes` may be cut: couple along them, or freeze where nothing else varies."""
-        axes = [d for d in axes if d in label.varying]
+        named, axes = list(axes), [d for d in axes if d in label.varying]
         if not axes:
+            kept = tuple(p for p in label.parts if all(p.index.shape[d] == 1 for d in named))
+            whole = len(kept) < len(label.parts)  # dimensions of parameters, which have no ids yet
+            if whole:  # guard: whole parameters -> tests/test_reader_core.py -k parameter
+                return Label(label.shape, label.ids, kept)
             return label
         if axes == label.varying:  # guard: whole axes -> tests/test_law.py -k mixes
             self.freeze(label.ids, node, why)
@@ -249,6 +254,9 @@ class Ledger:
             self.couple(known.ids, ids, node, why)  # guard: shared -> tests/test_law.py -k shared
             return known.ids
         self.slots[name, dim] = Slot(name, dim, role, ids, blocks, producer, role == "out")
+        unsaved = role == "in" and self.saved is not None and name not in self.saved
+        if unsaved:  # guard: unsaved -> tests/test_reader_core.py -k saved
+            self.freeze(ids, node, f"`{name}` is not in the state_dict: no plan can say it is cut")
         shared = name in self.tensors.overlapping
         if shared:  # guard: overlap -> tests/bad_input/test_kept.py -k memory
             other = self.tensors.overlapping[name]

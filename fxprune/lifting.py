@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
@@ -35,7 +34,7 @@ from fxprune.graph import get_path
 from fxprune.symbolic import FXPRUNE_HOME, TORCH_HOME
 
 _REFUSAL = (
-    "the model was exported for other sizes, compile it for an input of this size; now it holds where "
+    "the model was exported for other sizes: compile it for an input of this size. It holds where"
 )
 END = 2**63 - 1  # aten writes an open end of a slice like this
 
@@ -77,15 +76,15 @@ def lift(
     arguments: Sequence[tuple[str, Any]],
     layer: OpOverload,
     calls: Mapping[str, LayerCall],
-    decided: Sequence[Any] = (),
+    facts: Sequence[Any] = (),
 ) -> Lifted:
     """Translate an exported program of `model`.
 
     arguments: name and example of each argument of forward. layer: the operation that stands for a
-    call of a layer; `calls` says by its first argument of which. decided: truths about sizes (of
-    sympy) that hold beside those that the export wrote down. Raises TraceError.
+    call of a layer; `calls` says by its first argument of which. facts: expressions of sympy about
+    sizes of the inputs that the program takes for granted. Raises TraceError.
     """
-    return _Lifter(program, model, layer, calls).run(arguments, decided)
+    return _Lifter(program, model, layer, calls).run(arguments, facts)
 
 
 class _Lifter:
@@ -104,10 +103,10 @@ class _Lifter:
         self.where = ""
         self.pure: set[Node] = set()  # nodes that change nothing
 
-    def run(self, arguments: Sequence[tuple[str, Any]], decided: Sequence[Any]) -> Lifted:
+    def run(self, arguments: Sequence[tuple[str, Any]], facts: Sequence[Any]) -> Lifted:
         """The whole program: inputs, what must hold for their sizes, operations, results."""
         env = self._inputs(arguments)
-        self._assert_sizes(env, decided)
+        self._assert_sizes(env, facts)
         results = self._body(self.program.graph_module, env)
         self._results(results)
         self._drop_unread()
@@ -151,35 +150,31 @@ class _Lifter:
         else:
             yield from pytree.tree_leaves(value)
 
-    def _assert_sizes(self, env: Mapping[Node, Any], decided: Sequence[Any]) -> None:
+    def _assert_sizes(self, env: Mapping[Node, Any], facts: Sequence[Any]) -> None:
         """Fixed sizes, equal sizes, and whatever Python decided by sizes."""
         known: dict[Any, Proxy] = {}  # symbol -> the size of an input
         shape_env = None
         for node, given in env.items():
             value = node.meta.get("val")
             for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-                expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-                if isinstance(expr, sympy.Symbol) and expr not in known:
-                    known[expr], shape_env = self._size(given, axis), size.node.shape_env  # type: ignore[union-attr]
-                else:  # guard: fixed sizes -> tests/test_reader_front_ends.py -k export
-                    self._assert(sympy.Eq(sympy.Symbol("size"), expr, evaluate=False), {**known, sympy.Symbol("size"): self._size(given, axis)})  # fmt: skip
-        if shape_env is not None:
-            facts = [*(guard.expr for guard in shape_env.guards), *decided]
-            for fact in dict.fromkeys(map(shape_env.replace, facts)):
-                if fact != sympy.true:  # guard: decisions -> tests/test_reader_front_ends.py -k export
-                    self._assert(fact, known)
+                here = Proxy(self._new("call_method", "size", (given, axis)))
+                expr = size
+                if isinstance(size, torch.SymInt):
+                    expr, shape_env = size.node.expr, size.node.shape_env
+                if getattr(expr, "is_symbol", False) and expr not in known:
+                    known[expr] = here
+                    continue
+                holds: Any = here == (expr if isinstance(expr, int) else _computed(expr, known))  # type: ignore[comparison-overlap]
+                said = f"{given}.size({axis}) is {_said(expr, known)}"
+                self._assert(
+                    holds, said
+                )  # guard: fixed sizes -> tests/test_reader_front_ends.py -k export
+        for fact in _distinct(facts, shape_env):
+            if fact.free_symbols:  # guard: decisions -> tests/test_reader_front_ends.py -k export
+                self._assert(_computed(fact, known), _said(fact, known))
 
-    def _size(self, given: Node, axis: int) -> Proxy:
-        return Proxy(self._new("call_method", "size", (given, axis)))
-
-    def _assert(self, fact: Any, known: Mapping[Any, Proxy]) -> None:
-        """A node that raises unless `fact` holds for the sizes `known`."""
-        names = {
-            symbol: sympy.Symbol(f"{size.node.args[0]}.size({size.node.args[1]})")
-            for symbol, size in known.items()
-        }
-        holds = sympy_interp(PythonReferenceAnalysis, dict(known), fact)
-        self._new("call_function", torch._assert, (holds.node, _REFUSAL + str(fact.xreplace(names))))
+    def _assert(self, holds: Any, said: str) -> None:
+        self._new("call_function", torch._assert, (holds.node, f"{_REFUSAL} {said}"))
 
     def _constant(self, name: str) -> str:
         """A tensor that is an attribute of the model, or one that forward made."""
@@ -396,6 +391,22 @@ def _whole(parts: Sequence[Any]) -> Node | None:
     first = parts[0].args[0] if isinstance(parts[0], Node) and parts[0].args else None
     taken = [isinstance(p, Node) and p.target is operator.getitem and p.args == (first, i) for i, p in enumerate(parts)]  # fmt: skip
     return first if all(taken) and isinstance(first, Node) else None
+
+
+def _distinct(facts: Sequence[Any], shape_env: Any) -> list[Any]:
+    """Facts in terms of the symbols that are left, each once."""
+    return list(dict.fromkeys(map(shape_env.replace, facts))) if shape_env is not None else []
+
+
+def _computed(expr: Any, known: Mapping[Any, Proxy]) -> Any:
+    """An expression of sympy as operations on the sizes that its symbols stand for."""
+    return sympy_interp(PythonReferenceAnalysis, dict(known), expr)
+
+
+def _said(expr: Any, known: Mapping[Any, Proxy]) -> str:
+    """An expression of sympy in terms of the inputs."""
+    sizes = {str(symbol): "{}.size({})".format(*size.node.args) for symbol, size in known.items()}
+    return re.sub(r"\w+", lambda word: sizes.get(word[0], word[0]), str(expr))
 
 
 def users_line(stack: str) -> str:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
-from fxprune.graph import op_name, place
+from fxprune.graph import get_path, op_name, place
 from fxprune.symbolic import Capture
 
 Flags = dict[int | str, tuple[Any, Any]]
@@ -90,6 +90,7 @@ def compare_modes(evaluating: Capture, training: Capture) -> Modes:
     left = [
         n for n in training.graph.nodes if n in unmatched and n.op != "output" and _holds_tensors(n)
     ]
+    _refuse_writing(left, training, set(twins.values()))
     if left:
         heads = sorted({str(n.target).split(".")[0] for n in left if n.op == "call_module"})
         named = ", ".join(heads) or f"{len(left)} operations at {place(left[0])}"
@@ -97,6 +98,47 @@ def compare_modes(evaluating: Capture, training: Capture) -> Modes:
         found.notes.append(f"branches that exist only in training were dropped: {named}")
     _compare_constants(evaluating, training, twins)
     return found
+
+
+_VIEWS = {
+    "getitem", "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze",
+    "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "expand", "detach", "contiguous", "t",
+}  # fmt: skip
+
+
+def _refuse_writing(left: Sequence[Node], training: Capture, shared: set[Node]) -> None:
+    """What only train mode does must not change, in place, a tensor that both modes go on with."""
+    order = {node: i for i, node in enumerate(training.graph.nodes)}
+    for node in left:
+        base = node.args[0] if node.args and _writes(node, training) else None
+        while isinstance(base, Node) and base not in shared and op_name(base) in _VIEWS:
+            base = base.args[0]
+        if not isinstance(base, Node) or base not in shared or base.op == "get_attr":
+            continue
+        if any(user in shared or user.op == "output" for user in base.users if order[user] > order[node]):  # fmt: skip
+            raise TraceError(  # guard: writes -> tests/test_reader_front_ends.py -k in_place
+                "the model computes different things in train and eval mode",
+                where=f"node {node.name} at {place(node) or 'unknown line'}, in train mode only",
+                why="it changes a tensor in place that both modes use afterwards",
+                fix="move the branch into a module of its own and keep it out of the traced part, "
+                "or prune a sub-module without it",
+            )
+
+
+def _writes(node: Node, capture: Capture) -> bool:
+    """Whether a call changes its first argument."""
+    if node.op == "call_module":
+        model = capture.hints.model if capture.hints is not None else None
+        module = None if model is None else get_path(model, str(node.target))
+        return bool(getattr(module, "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    flag = node.kwargs.get("inplace", op_name(node) in _INPLACE_AT and node.args[_INPLACE_AT[op_name(node)] :][:1] == (True,))  # fmt: skip
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or bool(flag)
+
+
+_INPLACE_AT = {"dropout": 3, "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "mish": 1}
 
 
 def _holds_tensors(node: Node) -> bool:

@@ -27,16 +27,10 @@ from fxprune.hints import UNKNOWN
 Site = tuple[int, int]  # a frame and the instruction it is at
 
 
-def _class(self: Hinted) -> type:
-    """What `isinstance` sees: the class of the value."""
-    return _kind(_value(self))
-
-
 class Hinted(Proxy):
     """A node, and on demand its value on the example input."""
 
     tracer: Any
-    __class__ = property(_class)  # type: ignore[assignment]
     _is_param = _is_buffer = False  # for isinstance(x, nn.Parameter)
 
     def __repr__(self) -> str:
@@ -75,12 +69,26 @@ class Hinted(Proxy):
     def __round__(self, *digits: Any) -> Any:
         return self.tracer.create_proxy("call_function", round, (self, *digits), {})
 
+    def __hash__(self) -> int:
+        value = _value(self)
+        if isinstance(value, Tensor) or value is UNKNOWN or not self.tracer.live:
+            return object.__hash__(self)
+        return hash(self.tracer.decided(self, value, exact=True))  # a table is looked up
+
+    def __eq__(self, other: object) -> Any:
+        if not self.tracer.live:  # in a cache that outlived the tracing
+            return self is other
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
     def __format__(self, spec: str) -> str:
-        return format(_decidable(self), spec) if spec else str(self)
+        if not spec:
+            return str(self)
+        return format(self.tracer.decided(self, _decidable(self), exact=True), spec)
 
     def __len__(self) -> int:
         value = _value(self)
         if not isinstance(value, Tensor):
+            self.tracer.iterated(self)
             return len(value)
         return int(self.size(0)) if value.dim() else len(value)
 
@@ -178,8 +186,19 @@ def _unpacks(frame: FrameType) -> bool:
 
 @contextlib.contextmanager
 def numbers_stay_nodes() -> Iterator[None]:
-    """Inside, `max(n, 0)` and `min(n, m)` of sizes are nodes instead of decisions."""
-    before = {name: getattr(builtins, name) for name in ("max", "min")}
+    """Inside, `max(n, 0)` and `min(n, m)` of sizes are nodes instead of decisions.
+
+    And `isinstance` goes by the class of the value. (Were that a `__class__` of the proxy, torch's
+    own parser of arguments would take the proxy for a tensor, and read memory that is none.)
+    """
+    before = {name: getattr(builtins, name) for name in ("max", "min", "isinstance")}
+    plain = before["isinstance"]
+
+    def of_kind(proxy: Any, kinds: Any) -> bool:
+        known = plain(proxy, kinds)
+        return known or (
+            issubclass(type(proxy), Hinted) and issubclass(_kind(_value(proxy)), kinds)
+        )
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -191,8 +210,9 @@ def numbers_stay_nodes() -> Iterator[None]:
         return call
 
     try:
-        for name, function in before.items():
-            setattr(builtins, name, recorded(function))
+        for name in ("max", "min"):
+            setattr(builtins, name, recorded(before[name]))
+        builtins.isinstance = of_kind  # guard: parser -> tests/test_reader_core.py -k parse
         yield
     finally:
         for name, function in before.items():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import inspect
 import linecache
 import operator
 import os
 import sys
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +72,7 @@ class FxTracer(Tracer):
         super().__init__(autowrap_functions=(*FACTORIES, *RECORDED))
         self._autowrap_search.append(torch)
         self.hints = hints
+        self.live = True  # whether proxies still make nodes
         self.running = False  # whether layers run for their shapes, rather than being traced
         self.outside = _contexts()
         self.inside: dict[str, str] = {}  # a context that forward enters -> the first line in it
@@ -94,10 +98,30 @@ class FxTracer(Tracer):
         return Hinted(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """As the base class; what looks like a tensor may be a proxy."""
+        """As the base class; what looks like a tensor may be a proxy, and results keep their class."""
         if issubclass(type(a), Proxy):
             return a.node
+        if isinstance(a, dict) and dataclasses.is_dataclass(a):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            given = {k: v for k, v in fields.items() if v is not None}
+            return self.create_proxy("call_function", type(a), (), given).node
+        if type(a) is OrderedDict:
+            return self.create_proxy("call_function", OrderedDict, (dict(a),), {}).node
         return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; inputs that are None, a truth or a word are what they are."""
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        if self.hints is not None and _is_input(proxy.node):
+            value = self.hint(proxy.node)
+            literal = value is None or isinstance(value, bool | str)
+            if literal:  # guard: words -> tests/test_reader_front_ends.py -k words
+                same = operator.is_ if value is None else operator.eq
+                holds = self.create_node("call_function", same, (proxy.node, value), {})
+                said = f"the network was traced for {proxy.node}={value!r}"
+                self.create_node("call_function", torch._assert, (holds, said), {})
+                return value
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         """As the base class, and remember who asked."""
@@ -126,6 +150,7 @@ class FxTracer(Tracer):
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+            self.hint(parameter_proxy_cache[name].node)  # before forward puts another in its place
         return parameter_proxy_cache[name]
 
     def call_module(
@@ -189,12 +214,42 @@ class FxTracer(Tracer):
 
     def iterated(self, proxy: Any) -> None:
         """A loop over the pieces of a tensor: their number is decided by its length."""
-        node = proxy.node
-        if op_name(node) in ("split", "chunk", "unbind", "tensor_split", "split_with_sizes"):
-            order = ("input", "dim") if op_name(node) == "unbind" else ("input", "sections", "dim")
-            given = arguments(node, *order)
-            if isinstance(given["input"], Node):
-                int(self.proxy(given["input"]).size(given.get("dim", 0)))
+        stack = [proxy.node]
+        while stack:
+            node = stack.pop()
+            if op_name(node) in ("split", "chunk", "unbind", "tensor_split", "split_with_sizes"):
+                unbind = op_name(node) == "unbind"
+                given = arguments(
+                    node, *(("input", "dim") if unbind else ("input", "sections", "dim"))
+                )
+                if isinstance(given["input"], Node):
+                    int(self.proxy(given["input"]).size(given.get("dim", 0)))
+            else:  # some of the pieces, or more
+                stack += [n for n in node.all_input_nodes if isinstance(self.hint(n), tuple | list)]
+
+    def keep_buffers(self, before: dict[str, tuple[Any, dict[str, Any]]]) -> None:
+        """What forward put in the place of a buffer is written into it at the end."""
+        for prefix, (buffers, kept) in before.items():
+            for own, old in kept.items():
+                new = buffers.get(own)
+                if not isinstance(old, Tensor) or not issubclass(type(new), Hinted):
+                    continue
+                buffers[own] = old
+                self._write_buffer(f"{prefix}.{own}".lstrip("."), old, new)
+
+    def _write_buffer(self, name: str, old: Tensor, new: Any) -> None:
+        value, line = self.hint(new.node), str(new.node.meta["where"])
+        if not isinstance(value, Tensor) or value.shape != old.shape:
+            raise TraceError(
+                f"forward replaces the buffer `{name}` by something of another shape",
+                where=line,
+                why="a graph has one shape for every tensor that it reads",
+                fix="keep it in a plain attribute that forward only writes, or outside the model",
+            )
+        with self.graph.inserting_before(next(iter(reversed(self.graph.nodes)))):
+            held = self.create_node("get_attr", name, (), {})
+            copied = self.create_node("call_method", "copy_", (held, new.node), {})
+        held.meta["where"] = copied.meta["where"] = line
 
     def finish(self) -> None:
         """Confirm what is pending, and fill in what every node gives."""
@@ -227,10 +282,22 @@ class FxTracer(Tracer):
         return found
 
 
+def _is_input(node: Node) -> bool:
+    """Whether a node is an argument of forward, or an entry of one."""
+    while node.target is operator.getitem and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.op == "placeholder"
+
+
 def _never_true(node: Node) -> bool:
     """`n == -1` and the like: sizes are never negative."""
-    compared = node.target in (operator.eq, operator.ne) and len(node.args) == 2
-    return compared and any(isinstance(a, int) and a < 0 for a in node.args)
+    if node.target not in (operator.eq, operator.ne) or len(node.args) != 2:
+        return False
+    size, number = node.args if isinstance(node.args[0], Node) else reversed(node.args)
+    whole = isinstance(number, int) and number < 0 and isinstance(size, Node)
+    if whole and op_name(size) == "getitem":  # type: ignore[arg-type]
+        size = size.args[0]  # type: ignore[union-attr]
+    return whole and (op_name(size) == "size" or tuple(size.args[1:]) == ("shape",))  # type: ignore[arg-type,union-attr]
 
 
 def _expression(node: Node) -> Any:
@@ -282,10 +349,13 @@ def capture(
     set_mode(model, training)
     tracer = FxTracer(Hints(model, example_inputs, earlier))
     before = set(vars(model))
+    buffers = {name: (m._buffers, dict(m._buffers)) for name, m in model.named_modules()}
+    own = {name: dict(vars(m)) for name, m in model.named_modules()}
     defaults = _defaults(model, len(example_inputs))
     try:
         with libraries_unwrapped(), numbers_stay_nodes():
             graph = tracer.trace(model, defaults)
+            tracer.keep_buffers(buffers)
             tracer.finish()
     except TraceError:
         raise
@@ -300,6 +370,8 @@ def capture(
             "default and leave it out of example_inputs; or prune a sub-module that traces: "
             "fxprune.compile(model.backbone, ...)",
         ) from error
+    finally:
+        tracer.live = False
     _refuse_reshaping_in_place(graph)
     made = {k: v for k, v in vars(model).items() if k not in before}
     constants = {k: v for k, v in made.items() if k.startswith("_tensor_constant")}
@@ -319,11 +391,27 @@ def capture(
     if defaults:
         named = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
         notes.append(f"arguments of forward beyond the example inputs keep their defaults: {named}")
+    if stored := _stored(model, own):
+        notes.append(
+            f"forward stores {', '.join(f'`{name}`' for name in stored)} on the model: a graph does "
+            "not, and starts each time from what was there"
+        )
     if tracer.by_kind:
         lines = ", ".join(sorted(set(tracer.by_kind))[:3])
         notes.append(f"forward decides by dtype or device ({lines}): as for the example input")
     _drop_dead(graph)
     return Capture(graph, constants, notes, tracer.hints)
+
+
+def _stored(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str]:
+    """Plain attributes that forward has changed."""
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_tensor_constant")
+        and (name not in before[prefix] or before[prefix][name] is not value)
+    ]
 
 
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout)
@@ -424,18 +512,12 @@ def unmarked(model: nn.Module, *, noise: bool = True) -> Iterator[None]:
     noise: whether random numbers start again, too.
     """
     modules = list(model.modules())
-    before = [
+    before: list[tuple[dict[str, Any], Any]] = [
         (held, held.copy())
         for m in modules
         for held in (m.__dict__, m._parameters, m._buffers, m._modules)
     ]
-    caches = [
-        found
-        for m in modules
-        for name, v in m.__dict__.items()
-        if type(v) in _CACHES and name not in _STORES
-        for found in _containers(v)
-    ]
+    caches = [found for held in _held(modules) for v in held for found in _containers(v)]
     state = torch.get_rng_state()
     try:
         yield
@@ -449,17 +531,31 @@ def unmarked(model: nn.Module, *, noise: bool = True) -> Iterator[None]:
         for cache, held in caches:  # guard: caches -> tests/test_tracing_hints.py -k cache
             if len(cache) != len(held) or any(a is not b for a, b in zip(_items(cache), _items(held), strict=True)):  # fmt: skip
                 cache.clear()
-                cache.extend(held) if isinstance(cache, list) else cache.update(held)
+                cache.extend(held) if isinstance(cache, list | deque) else cache.update(held)
 
 
-_CACHES = (dict, list, set)
-_STORES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_OF_TORCH = frozenset(vars(nn.Module()))
+_CACHES = (dict, list, set, deque)
+_PLAIN_VALUES = (int, float, str, type(None), Tensor, nn.Module, type)
+
+
+def _held(modules: list[nn.Module]) -> Iterator[list[Any]]:
+    """What every module holds itself, and the caches that the user's classes hold for all of theirs."""
+    for module in modules:
+        yield [v for k, v in module.__dict__.items() if k not in _OF_TORCH]
+    for kind in {kind for module in modules for kind in type(module).__mro__}:
+        if not kind.__module__.startswith(("torch.", "builtins")):
+            yield [v for v in vars(kind).values() if isinstance(v, _CACHES)]
 
 
 def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
-    """The dicts, lists and sets that an attribute holds, each with a copy of what is in it."""
-    if type(value) in _CACHES and depth:
-        yield value, value.copy()
+    """The containers and plain objects that an attribute holds, each with a copy of what is in it."""
+    if isinstance(value, _PLAIN_VALUES) or not depth:
+        return
+    if not isinstance(value, _CACHES):
+        value = None if callable(value) else getattr(value, "__dict__", None)
+    if isinstance(value, _CACHES):
+        yield value, copy.copy(value)
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _containers(inner, depth - 1)
 

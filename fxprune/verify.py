@@ -81,16 +81,17 @@ def _difference(
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     """Floating outputs in eval mode with every tensor at the given dtype; the model is put back."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    buffers = dict(model.named_buffers())
+    tensors = {**dict(model.named_parameters()), **buffers}
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
 
-    def cast(v: Any) -> Any:
-        return v.detach().to(device, dtype if v.is_floating_point() else v.dtype)
+    def cast(v: Any, copy: bool = True) -> Any:  # forward may write into buffers and inputs
+        return v.detach().to(device, dtype if v.is_floating_point() else v.dtype, copy=copy)
 
     with evaluating(model), torch.no_grad(), _AsPrecise(dtype):
         outputs = torch.func.functional_call(
             model,
-            {name: cast(t) for name, t in tensors.items()},
+            {name: cast(t, name in buffers) for name, t in tensors.items()},
             pytree.tree_map(lambda v: cast(v) if isinstance(v, Tensor) else v, inputs),
         )
     return [

@@ -294,7 +294,11 @@ class Queries(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(torch.zeros(1, 4, DIM))
         self.norm, self.q = nn.LayerNorm(DIM), nn.Linear(DIM, DIM)
-        self.kv, self.proj, self.fc = nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, 2)
+        self.kv, self.proj, self.fc = (
+            nn.Linear(DIM, 2 * DIM),
+            nn.Linear(DIM, DIM),
+            nn.Linear(DIM, 2),
+        )
 
     def forward(self, x):
         def heads(t):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxprune.flow import Flow, Value, opaque, rule, uncut_like
+from fxprune.flow import Flow, Value, opaque, rule, uncut_like, writers
 from fxprune.graph import arguments, constant, op_name, value_of
 from fxprune.labels import Label, Part, Pick, compact
 from fxprune.rules.elementwise import join
@@ -124,6 +124,10 @@ def take(flow: Flow, node: Node, x: Label, entries: Entries) -> Value:
     if x.uncut and not x.parts:
         return uncut_like(out)
     places, single, broken = _places(flow, x, entries)
+    stepped = [d for d in places if isinstance(dict(entries)[d], slice)]
+    if stepped and writers(flow, node):  # guard: written -> tests/test_reader_core.py -k steps
+        broken = [*broken, *stepped]
+        places = {d: at for d, at in places.items() if d not in stepped}
     ledger = flow.ledger
     if single and set(x.varying) <= {*single, *broken}:
         ids, why = _run(flow, entries, x)(x.ids), "it is picked by its index"

@@ -114,6 +114,8 @@ def normalise(flow: Flow, node: Node, x: Label, norm: Norm) -> Label:
     ledger = flow.ledger
     x = _without_positions(ledger, node, x, norm)
     inside = [d for d in x.varying if d in norm.axes]
+    if not inside:  # guard: read whole -> tests/test_reader_core.py -k shared_norm
+        _stays(flow, node, norm.own)
     if inside != x.varying:
         return ledger.complete(x, inside, node, f"`{norm.name}` normalises part of a channel axis")
     tensors = ledger.tensors.tensor
@@ -147,6 +149,13 @@ def _own(flow: Flow, node: Node, own: tuple[str, ...], dim: int, ids: Tensor) ->
     for name in own:
         flow.ledger.slot(name, dim, "out", ids, node)
         flow.ledger.claimed.add((name, dim, node))
+
+
+def _stays(flow: Flow, node: Node, own: tuple[str, ...]) -> None:
+    """A norm whose input keeps its channels needs its parameters whole, whoever shares them."""
+    for name in own:
+        why = f"`{name}` also normalises channels that cannot be cut"
+        flow.ledger.whole.setdefault(name, (node, why))
 
 
 def parameters_of(flow: Flow, module: nn.Module) -> tuple[str, ...]:
@@ -249,7 +258,9 @@ def normalise_groups(flow: Flow, node: Node, x: Label, norm: Norm, groups: int) 
     Whichever leaves more choice, as for grouped convolutions. Whole blocks need no parameter.
     """
     ledger = flow.ledger
+    x = flow.bind(node, x, [1])  # guard: bound -> tests/test_reader_core.py -k latent
     if 1 not in x.varying:
+        _stays(flow, node, norm.own)
         axes = [d for d in x.varying if d > 1]
         return ledger.complete(x, axes, node, f"`{norm.name}` runs over channels and positions")
     if groups == 1 and not norm.own:  # guard: unnamed group -> tests/test_norms.py -k why
@@ -336,7 +347,19 @@ def zeroable(module: nn.Module) -> bool:
     False for one without a weight, and for one with an activation inside that maps zero elsewhere.
     """
     name, act = dotted(module), getattr(module, "act", None)
-    if name in RESPONSE_NORMS or module._parameters.get("weight") is None:
+    foreign = name in {*LAYER_NORMS, *GROUP_NORMS, *PER_CHANNEL_NORMS}
+    if not foreign and not isinstance(module, _NORMS):  # guard: norms -> tests/test_reader_core.py
         return False
-    foreign = {*LAYER_NORMS, *GROUP_NORMS, *PER_CHANNEL_NORMS}
-    return name not in foreign or act is None or not bool(act(torch.zeros(1)).any())
+    named = module._parameters.get("weight") is not None and name not in RESPONSE_NORMS
+    if not named or hasattr(module, "tau"):  # the latter: a threshold of its own
+        return False
+    return not foreign or act is None or not bool(act(torch.zeros(1)).any())
+
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)

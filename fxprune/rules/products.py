@@ -230,6 +230,10 @@ def _contract(flow: Flow, node: Node, a: Operand, b: Operand, letters: str) -> T
 def _zeroed(flow: Flow, node: Node, x: Operand) -> list[Slot] | None:
     """What to zero besides, for cut entries of a factor to be zero: nothing of a weight."""
     slots = zeroed_at(flow, x.node, node)
+    saved = flow.ledger.saved
+    unsaved = saved is not None and any(slot.tensor not in saved for slot in slots or ())
+    if unsaved:  # guard: unsaved zero -> tests/test_reader_core.py -k name
+        return None
     label = flow.of(x.node)
     return [] if slots is not None and label is not None and label.parts else slots
 

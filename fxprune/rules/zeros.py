@@ -13,8 +13,8 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxprune.flow import Flow, leaves
-from fxprune.graph import arguments, constant, first_argument, op_name, writers
+from fxprune.flow import Flow, leaves, writers
+from fxprune.graph import arguments, constant, first_argument, op_name
 from fxprune.labels import Slot
 from fxprune.rules.norms import zeroable
 
@@ -39,7 +39,7 @@ KEEP_ZERO = (
 )  # fmt: skip
 
 
-_INFINITE = {"div", "rsqrt", "reciprocal", "pow", "log", "log2", "log10"}  # at zero, or not a number
+_INFINITE = {"rsqrt", "reciprocal", "log", "log2", "log10"}  # at zero
 
 
 def zeroed_at(flow: Flow, node: Any, reader: Node | None = None) -> list[Slot] | None:
@@ -49,9 +49,9 @@ def zeroed_at(flow: Flow, node: Any, reader: Node | None = None) -> list[Slot] |
     """
     if not isinstance(node, Node):
         return None
-    for writer in writers(node, reader):
-        if not _keeps_zero(flow, writer):  # guard: written -> tests/test_reader_core.py -k written
-            return None
+    changed = any(not _keeps_zero(flow, writer) for writer in writers(flow, node, reader))
+    if changed:  # guard: written -> tests/test_reader_core.py -k written
+        return None
     if node.op == "get_attr":
         name = flow.ledger.tensors.name(flow.traced.attribute(node))
         return [s for s in flow.ledger.slots.values() if s.tensor == name]
@@ -81,7 +81,7 @@ def _keeps_zero(flow: Flow, node: Node) -> bool:
         return not constant(arguments(node, "input", "pad", "mode", "value")["value"])
     if name == "hardtanh":
         args = arguments(node, "input", "min_val", "max_val")
-        return args.get("min_val", -1) <= 0 <= args.get("max_val", 1)
+        return bool(args.get("min_val", -1) <= 0 <= args.get("max_val", 1))
     if name == "div":
         divisor = flow.of(arguments(node, "input", "other")["other"])
         return divisor is None or divisor.uncut
@@ -97,7 +97,8 @@ def _of_product(flow: Flow, node: Node) -> list[Slot] | None:
     factors = [n for n in node.all_input_nodes if _has_channels(flow, n)]
     for n in factors:
         slots = _scale(flow, node, n) if _made_of_parameters(flow, n) else zeroed_at(flow, n, node)
-        if slots is not None and not any(_infinite(flow, other) for other in factors if other is not n):
+        finite = not any(_infinite(flow, other) for other in factors if other is not n)
+        if slots is not None and finite:  # guard: finite -> tests/test_reader_core.py -k finite
             return slots
     return None
 
@@ -110,20 +111,25 @@ def _made_of_parameters(flow: Flow, node: Node) -> bool:
 def _scale(flow: Flow, node: Node, factor: Node) -> list[Slot] | None:
     """A factor made of parameters: the dimensions that have the channels of this product."""
     label, ledger = flow.of(factor), flow.ledger
-    keys = {p.key for p in label.parts} if label is not None else set()
-    keys = {key for key in keys if (*key, node) in ledger.claimed}
-    saved = flow.traced.model.state_dict().keys()
-    known = all(key in ledger.slots and key[0] in saved for key in keys)
-    usable = bool(keys) and known  # guard: scales -> tests/test_reader_core.py -k scale
-    return [ledger.slots[key] for key in sorted(keys)] if usable and zeroed_at(flow, factor, node) is not None else None  # fmt: skip
+    if label is None or zeroed_at(flow, factor, node) is None:
+        return None
+    keys = sorted({p.key for p in label.parts if (*p.key, node) in ledger.claimed})
+    usable = keys and all(key in ledger.slots for key in keys)
+    if not usable:  # guard: scales -> tests/test_reader_core.py -k scale
+        return None
+    return [ledger.slots[key] for key in keys]
 
 
 def _infinite(flow: Flow, node: Any) -> bool:
     """Whether a factor may be infinite where what it is computed of is zero."""
     while isinstance(node, Node) and node.op.startswith("call_") and _has_channels(flow, node):
-        if op_name(node) in _INFINITE:
+        name, args = op_name(node), arguments(node, "input", "other")
+        divisor = flow.of(args["other"]) if name == "div" else None
+        exponent = args.values.get("exponent", args["other"]) if name == "pow" else 1
+        unknown = not isinstance(exponent, int | float) or exponent < 0
+        if name in _INFINITE or unknown or not (divisor is None or divisor.uncut):
             return True
-        if op_name(node) in ("matmul", "linear", "add") or node.op == "call_module":
+        if name in ("matmul", "linear", "add") or node.op == "call_module":
             return False
         node = first_argument(node)
     return False
