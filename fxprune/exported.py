@@ -43,6 +43,7 @@ from fxprune.symbolic import (
     FxTracer,
     _failing_line,
     at_once,
+    refuse_reshaping_in_place,
     set_mode,
     unmarked,
 )
@@ -197,6 +198,7 @@ def _export(
         program = torch.export.export(model, free.inputs, dynamic_shapes=free.shapes, strict=False)
     facts = decisions.facts(program)
     lifted = lift(program, model, _named(model, free.inputs), _layer_op(), calls, facts)
+    refuse_reshaping_in_place(lifted.graph)
     notes = list(dict.fromkeys(lifted.notes))
     return Capture(lifted.graph, lifted.constants, notes), _axes(program)
 

@@ -282,6 +282,10 @@ def _visit(flow: Flow, node: Node) -> Value:
         for label in flow.inputs(node):
             flow.ledger.freeze(label.ids, node, "outputs of the model keep their channels")
         return None
+    if isinstance(node.target, type) and all(user.op == "output" for user in node.users):
+        for label in flow.inputs(node):
+            flow.ledger.freeze(label.ids, node, "outputs of the model keep their channels")
+        return None
     if node.op == "call_module":
         return _visit_module(flow, node)
     own = RULES.get(own_key(node.target)) if node.op == "call_function" else None

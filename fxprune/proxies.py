@@ -194,11 +194,12 @@ def numbers_stay_nodes() -> Iterator[None]:
     before = {name: getattr(builtins, name) for name in ("max", "min", "isinstance")}
     plain = before["isinstance"]
 
+    hinted = {Hinted, *Hinted.__subclasses__()}
+
     def of_kind(proxy: Any, kinds: Any) -> bool:
-        known = plain(proxy, kinds)
-        return known or (
-            issubclass(type(proxy), Hinted) and issubclass(_kind(_value(proxy)), kinds)
-        )
+        if type(proxy) not in hinted:
+            return plain(proxy, kinds)  # type: ignore[no-any-return]
+        return bool(plain(proxy, kinds)) or issubclass(_kind(_value(proxy)), kinds)
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -372,7 +372,7 @@ def capture(
         ) from error
     finally:
         tracer.live = False
-    _refuse_reshaping_in_place(graph)
+    refuse_reshaping_in_place(graph)
     made = {k: v for k, v in vars(model).items() if k not in before}
     constants = {k: v for k, v in made.items() if k.startswith("_tensor_constant")}
     for name in constants:
@@ -408,9 +408,18 @@ def _stored(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str]:
     return [
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
-        for name, value in vars(module).items()
+        for name, value in _changed(vars(module), before[prefix])
+    ]
+
+
+def _changed(now: dict[str, Any], before: dict[str, Any]) -> list[tuple[str, Any]]:
+    if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
+        return []
+    return [
+        (name, value)
+        for name, value in now.items()
         if not name.startswith("_tensor_constant")
-        and (name not in before[prefix] or before[prefix][name] is not value)
+        and (name not in before or before[name] is not value)
     ]
 
 
@@ -464,7 +473,7 @@ _IN_PLACE = {
 }
 
 
-def _refuse_reshaping_in_place(graph: Graph) -> None:
+def refuse_reshaping_in_place(graph: Graph) -> None:
     """A tensor whose shape changes under the same name has no one shape to reason about."""
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _IN_PLACE:

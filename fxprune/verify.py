@@ -27,13 +27,13 @@ def verify(
     float32, and the sentence says so. Raises VerifyError otherwise; the arguments are not changed.
     """
     try:
-        error = _difference(masked, pruned, example_inputs, torch.float64)
+        error, largest = _difference(masked, pruned, example_inputs, torch.float64)
         dtype = "float64"
     except VerifyError:
         raise
     except Exception as reason:  # whatever an operation without a float64 form raises
         try:
-            error = _difference(masked, pruned, example_inputs, torch.float32)
+            error, largest = _difference(masked, pruned, example_inputs, torch.float32)
         except VerifyError:
             raise
         except Exception as failure:
@@ -51,12 +51,18 @@ def verify(
             why="the trace or a rewrite is wrong for this model: nothing is returned",
             fix="please report it with the model; ignore=... the layers concerned until then",
         )
+    if not largest:  # guard: zeros -> tests/bad_input/test_verify.py -k zeros
+        return (
+            "nothing was compared: all outputs are zero on the example input "
+            "(a last layer of zeros?); give the model weights, and compile it again"
+        )
     return f"max relative difference {error:.2g} in {dtype} against the masked original (bound {bound:g})"
 
 
 def _difference(
     masked: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype
-) -> float:
+) -> tuple[float, float]:
+    """The relative difference, and the largest output of the masked original."""
     a = _outputs(masked, inputs, dtype)
     b = _outputs(pruned, inputs, dtype)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
@@ -64,7 +70,7 @@ def _difference(
             "the pruned network returns something of another shape than the original",
             where=f"{[tuple(x.shape) for x in a]} against {[tuple(y.shape) for y in b]}",
         )
-    worst = 0.0
+    worst = largest = 0.0
     for x, y in zip(a, b, strict=True):
         if not bool(torch.isfinite(x).all()):
             raise VerifyError(
@@ -74,9 +80,10 @@ def _difference(
                 fix="pass other example_inputs, or verify=False",
             )
         scale = float(x.abs().max()) if x.numel() else 0.0
+        largest = max(largest, scale)
         gap = float((x - y).abs().max()) if x.numel() else 0.0
         worst = max(worst, gap / scale if scale else gap) if gap == gap else float("nan")
-    return worst
+    return worst, largest
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The check of the result: a wrong network is never returned."""
 
+import torch
 from refusals import X, compile_refused, conv, net
 from torch import nn
 
@@ -44,3 +45,11 @@ def test_an_output_that_is_not_finite_says_so():
 
     compile_refused(Log(), VerifyError, "NaN or infinity", "verify=False")
     assert fxprune.compile(Log(), X, verify=False, progress=False).plan.slices
+
+
+def test_a_head_of_zeros_is_no_proof():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    nn.init.zeros_(net[2].weight)
+    nn.init.zeros_(net[2].bias)
+    pruned = fxprune.compile(net, torch.randn(1, 3, 6, 6), progress=False)
+    assert "nothing was compared" in pruned.report.verified
