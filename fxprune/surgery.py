@@ -156,6 +156,8 @@ def refit(module: nn.Module, groups: Mapping[nn.Module, int], channels: int | No
         module.out_features, module.in_features = module.weight.shape
     elif hasattr(module, "num_features") and channels is not None:
         module.num_features = channels  # type: ignore[assignment]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.RNNBase):
         module.input_size = module._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
         module.hidden_size = module._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]

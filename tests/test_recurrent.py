@@ -1,4 +1,4 @@
-"""Recurrent layers lose hidden units and inputs."""
+"""Recurrent layers lose hidden units and inputs; tables of embeddings lose width."""
 
 import pytest
 import torch
@@ -67,3 +67,42 @@ def test_a_state_that_is_given_keeps_the_layer_whole():
     analysis = fxprune.analyze(Given(nn.GRU), torch.randn(4, 3, 6))
     assert not analysis.groups
     assert "a state given" in " ".join(analysis.frozen.values())
+
+
+class Words(nn.Module):
+    """Words and places, a layer of attention, a head that may share the table of words."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, tokens):
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.block(self.words(tokens) + self.places(places)))
+
+
+def test_the_width_of_embeddings_goes():
+    torch.manual_seed(0)
+    net = Words(tied=False).double().eval()
+    x = torch.randint(11, (2, 5))
+    analysis = fxprune.analyze(net, x)
+    assert analysis.group("words").kind == "embedding"
+    assert {"words.weight", "places.weight"} <= set(analysis.group("words").members)
+    for seed in range(4):
+        plan = random_plan(analysis, seed)
+        pruned = fxprune.apply(net, plan, x)
+        reference = masked(net, plan.to_dict())
+        for given in (x, torch.randint(11, (3, 4))):
+            assert relative_error(reference(given), pruned(given)) <= 1e-9
+        assert pruned.get_submodule("words").embedding_dim == pruned.get_parameter("words.weight").shape[1]  # fmt: skip
+
+
+def test_a_table_that_is_read_in_two_ways_keeps_its_width():
+    net, x = Words(tied=True).double().eval(), torch.randint(11, (2, 5))
+    pruned = fxprune.compile(net, x, method=fxprune.methods.L1(ratio=0.4), progress=False)
+    assert pruned.get_parameter("words.weight").shape == (11, 8)
+    assert any("two ways" in note.why for note in pruned.plan.frozen)

@@ -251,3 +251,17 @@ def standardised_convolution(flow: Flow, node: Node) -> Value:
     ledger.macs.append(MacTerm(node.name, per_row, (rows,)))
     shape = [-1 if d == 1 else 1 for d in range(len(out.shape))]
     return Label(tuple(out.shape), rows.view(shape))
+
+
+@rule(nn.Embedding)
+def embedding(flow: Flow, node: Node) -> Value:
+    """A table of rows: its width is made here, which entry is looked up does not matter."""
+    module, out = flow.traced.module(node), value_of(node)
+    assert isinstance(module, nn.Embedding)
+    if module.max_norm is not None:
+        return opaque(flow, node, f"`{node.target}` scales its rows by their norm")
+    name = flow.ledger.tensors.name(module.weight)
+    known = flow.ledger.slots.get((name or "", 1))
+    width = known.ids if known else flow.ledger.fresh(out.shape[-1])
+    width = flow.ledger.slot(name, 1, "out", width, node, producer=True)
+    return Label(tuple(out.shape), width.view([1] * (len(out.shape) - 1) + [-1]))
