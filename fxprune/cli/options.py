@@ -254,7 +254,8 @@ Scope = Annotated[
     list[str] | None,
     typer.Option(
         metavar="all|free|NAMES",
-        help="What may be cut: all, free (nothing that an addition couples), or patterns of names, "
+        help="What may be cut: all, free (nothing that an addition couples), kinds (heads, head-dims, mlp, "
+        "embedding, stage, experts, channels), or patterns of names, "
         "repeatable.",
         show_default="all",
         rich_help_panel=_CUT,
