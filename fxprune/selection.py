@@ -31,7 +31,7 @@ def out_first(slot: Slot, t: Tensor) -> Tensor:
     if slot.dim == 0:
         return t
     if slot.blocks == 1:
-        return t.transpose(0, 1)
+        return t.movedim(slot.dim, 0)
     g = slot.blocks  # grouped transposed convolution: [C_in, C_out / g, ...]
     return t.view(g, t.shape[0] // g, *t.shape[1:]).transpose(1, 2).flatten(0, 1)
 

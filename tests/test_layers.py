@@ -90,7 +90,8 @@ def test_rows_after_folding(net):
     pruned = fxprune.compile(net, x, fold=True, **options)
     rows = check(pruned)
     assert total(rows.values(), "params_after") == parameters(pruned)
-    check(fxprune.compile(pruned, x, **options))
+    if fxprune.analyze(pruned, x).groups:
+        check(fxprune.compile(pruned, x, **options))
 
 
 def test_a_folded_batch_norm_is_told_with_nothing_left():

@@ -334,6 +334,23 @@ def test_entries_of_a_stacked_weight_are_units():
     assert kinds(check(Experts()))["into"] == ("experts", 4)
 
 
+class Stacked(nn.Module):
+    """One map per block, whose outputs are summed: the last axis of a stacked weight makes channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(DIM, DIM), nn.Linear(7, 2)
+        self.maps = nn.Parameter(torch.zeros(2, 6, 7))
+
+    def forward(self, x):
+        y = self.first(x).sigmoid().unflatten(-1, (2, 6))
+        return self.last(torch.einsum("bngc,gcd->bnd", y, self.maps))
+
+
+def test_any_axis_of_a_weight_can_make_channels():
+    assert len(check(Stacked()).group("maps")) == 7
+
+
 class Mixed(nn.Module):
     """A weight of einsum in both directions, and a sum of products with what is no parameter."""
 
