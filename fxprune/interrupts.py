@@ -9,9 +9,9 @@ Refuses: nothing. Outside the main thread, where Python allows no handlers, sign
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -30,16 +30,30 @@ class Interrupts:
         self._before: dict[int, Any] = {}  # signal -> handler: a callable or an enum
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM) if self._active else ():
-            if signal.getsignal(number) in (signal.SIG_IGN, None):
-                continue  # ignored on purpose (nohup), or not Python's to put back
-            with contextlib.suppress(ValueError):  # not in the main thread
-                self._before[number] = signal.signal(number, self._arrive)
+        if not self._active or threading.current_thread() is not threading.main_thread():
+            return self  # handlers belong to the main thread
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler in (signal.SIG_IGN, None):
+                    continue  # ignored on purpose (nohup), or not Python's to put back
+                self._before[number] = handler
+                signal.signal(number, self._arrive)
+        except BaseException:  # another handler raised, as that of a loader's dying worker does
+            self._put_back()
+            raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def _put_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._put_back()
+        except BaseException:
+            self._put_back()
+            raise
         if self._received is not None:
             signal.raise_signal(self._received)
 

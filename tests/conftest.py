@@ -7,6 +7,7 @@ not derandomized, and the only one that runs tests marked `long`).
 import os
 import random
 import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,6 +27,18 @@ settings.register_profile("quick", _common, max_examples=25, derandomize=True)
 settings.register_profile("ci", _common, max_examples=200, derandomize=True)
 settings.register_profile("long", _common, max_examples=2_000, derandomize=False, print_blob=True)
 settings.load_profile(PROFILE)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Every test leaves the handlers of signals as it found them; the one that does not is named."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture(autouse=True)

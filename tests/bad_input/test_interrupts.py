@@ -16,6 +16,7 @@ from refusals import Residual, X, facts, l1, net, untouched
 from torch import nn
 
 import fxprune
+from fxprune.interrupts import Interrupts as Held
 
 
 class Interrupts(nn.Module):
@@ -120,6 +121,7 @@ torch.set_num_threads(1)
 sys.modules["triton"] = None  # importing it raises ImportError
 sys.path.insert(0, sys.argv[1])
 import fxprune
+from fxprune.interrupts import Interrupts as Held
 from refusals import X, net
 torch.manual_seed(0)
 pruned = fxprune.compile(net(), X, progress=False)
@@ -143,3 +145,21 @@ def test_without_triton_and_gpu_another_process_does_the_same(tmp_path):
     fxprune.save(pruned, tmp_path / "here.safetensors")
     assert done.stdout == pruned.plan.to_json()
     assert path.read_bytes() == (tmp_path / "here.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_handlers_stand_again_when_another_handler_raises_between(monkeypatch, at):
+    """As the one for a loader's dying worker does: it may run at any moment."""
+    before, install, calls = signal.getsignal(signal.SIGINT), signal.signal, []
+
+    def interrupted(number, handler):
+        calls.append(number)
+        if len(calls) == at:
+            raise RuntimeError("a worker died")
+        return install(number, handler)
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(RuntimeError, match="a worker died"), Held():
+        assert at > 2
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is before
